@@ -1,0 +1,44 @@
+"""The states of all random number generators that a program may draw from."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+State = dict[str, Any]
+
+
+def get_state() -> State:
+    """Reads the generators of torch (on every device in use), numpy and Python.
+
+    Returns:
+        Tensors, numbers and containers only, so that ``torch.load`` reads it with ``weights_only=True``.
+    """
+    kind, keys, *rest = np.random.get_state()  # type: ignore[misc]
+    return {
+        "torch": torch.get_rng_state(),
+        "accelerator": _accelerator().get_rng_state_all() if _in_use() else [],
+        "numpy": [kind, torch.from_numpy(keys.astype("int64")), *rest],
+        "random": random.getstate(),
+    }
+
+
+def set_state(state: State) -> None:
+    """Sets the generators to a state from :func:`get_state`; devices that it lacks keep theirs."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["accelerator"]:
+        _accelerator().set_rng_state_all([s.cpu() for s in state["accelerator"]])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.cpu().numpy().astype("uint32"), *rest))
+    version, internal, gauss = state["random"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _accelerator() -> Any:
+    return torch.get_device_module()
+
+
+def _in_use() -> bool:
+    module = _accelerator()
+    return hasattr(module, "get_rng_state_all") and module.is_initialized()

@@ -1,0 +1,391 @@
+r"""The utilities of the two players, from traces of their programs.
+
+Each player maximises the likelihood of the training data under its own program :math:`p_\theta(x, z)` or
+:math:`q_\varphi(z \mid x)`; what an example lacks, the other player fills in. For data :math:`x \sim \pi(x)`,
+
+.. math::
+    L_p(\theta, \varphi) &= \mathbb{E}_{\pi(x)} \mathbb{E}_{q_\varphi(z \mid x)} [\log p_\theta(x, z)], \\
+    L_q(\theta, \varphi) &= \mathbb{E}_{p_\theta(x, z)} [\log q_\varphi(z \mid x)].
+
+The decoder moves :math:`\theta` and the encoder :math:`\varphi` only.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from pyro.infer import ELBO
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyro_symeq import passes
+from pyro_symeq.binding import Call, Program, layout
+from pyro_symeq.rehearsal import (
+    Bind,
+    Pattern,
+    aside,
+    check_completed,
+    check_sites,
+    rehearse,
+)
+
+__all__ = ["SymmetricLoss", "SymmetricUtility"]
+
+Player = Literal["decoder", "encoder"]
+Observed = dict[str, Tensor]
+T = TypeVar("T")
+
+NOTHING_TO_LEARN = (
+    "There is nothing to learn: neither the model nor the guide touches a parameter. Declare parameters with "
+    "pyro.param, or register networks with pyro.module or as attributes of a PyroModule."
+)
+
+
+class SymmetricLoss(float):
+    r"""The loss :math:`-(L_p + L_q)` of a step, a float that carries both utilities (nats).
+
+    Args:
+        decoder: The decoder's utility :math:`L_p`.
+        encoder: The encoder's utility :math:`L_q`.
+
+    Example:
+        >>> loss = SymmetricLoss(decoder=-7.0, encoder=-2.0)
+        >>> loss, loss.decoder, loss + 1
+        (9.0, -7.0, 10.0)
+    """
+
+    decoder: float
+    encoder: float
+
+    def __new__(cls, decoder: float, encoder: float) -> "SymmetricLoss":
+        loss = super().__new__(cls, -(decoder + encoder))
+        loss.decoder = decoder
+        loss.encoder = encoder
+        return loss
+
+    def __getnewargs__(self) -> tuple[float, float]:  # type: ignore[override]
+        return self.decoder, self.encoder
+
+
+@dataclass(frozen=True)
+class Score:
+    """A player's utility at one draw.
+
+    Args:
+        utility: The utility, a scalar with a graph to the player's program.
+        parameters: The player's parameters (leaves), by the names of their statements.
+        unnamed: Parameters of the player that its program uses without a statement.
+    """
+
+    utility: Tensor
+    parameters: dict[str, Tensor]
+    unnamed: list[Tensor]
+
+    def gradients(self, parameters: Iterable[Tensor]) -> list[Tensor | None]:
+        """The gradient of the negative utility in some of the player's parameters."""
+        leaves = list(parameters)
+        if not (leaves and self.utility.requires_grad):
+            return [None] * len(leaves)
+        return list(torch.autograd.grad(-self.utility, leaves, allow_unused=True))
+
+
+class Pair:
+    """A model and a guide, with what is known of their batches and of who owns which parameter.
+
+    Args:
+        model: The decoder's program.
+        guide: The encoder's program.
+        bind: How dreams are handed to the guide, see :class:`SymmetricUtility`.
+        supervise_encoder: Whether observed latents train the encoder too.
+    """
+
+    def __init__(
+        self, model: Program, guide: Program, bind: Bind | None, supervise_encoder: bool
+    ) -> None:
+        self.model = model
+        self.guide = guide
+        self.bind = bind
+        self.supervise_encoder = supervise_encoder
+        self._patterns: dict[Any, Pattern] = {}
+        self._of_decoder: set[Tensor] = set()
+        self._uses_unnamed: dict[tuple[str, ...], bool] = {}
+
+    def decoder(self, call: Call) -> Score:
+        r"""Scores the model at the data, completed by the guide.
+
+        Args:
+            call: The arguments of both programs.
+
+        Returns:
+            :math:`\log p_\theta(x, z)` with :math:`z \sim q_\varphi(z \mid x)`, where observed latents keep their
+            values. Missing data are left out: with latents alone, :math:`\log p_\theta(z)`.
+        """
+        return self._play(self._decoder, call)
+
+    def encoder(self, call: Call) -> Score:
+        r"""Scores the guide at a dream, and at the latents that the data hold.
+
+        Args:
+            call: The arguments of both programs.
+
+        Returns:
+            :math:`\log q_\varphi(z \mid x)` with :math:`(x, z) \sim p_\theta(x, z)`, plus
+            :math:`\log q_\varphi(y \mid x)` at observed latents :math:`y`. With latents alone,
+            :math:`\log q_\varphi(z \mid x)` with :math:`x \sim p_\theta(x \mid z)`.
+        """
+        return self._play(self._encoder, call)
+
+    def wake(self, call: Call) -> tuple[Trace, Trace]:
+        """Traces the guide at the data, without a graph, and the model at the data so completed."""
+        return self._play(self._wake, call)
+
+    def _play(self, play: Callable[[Pattern, Call], tuple[T, Observed]], call: Call) -> T:
+        """Plays with the pattern known for such calls; finds it first, and anew where the batch observes otherwise."""
+        key = layout(call)
+        if (pattern := self._patterns.get(key)) is not None:
+            result, observed = play(pattern, call)
+            if pattern.fits(observed, call):
+                return result
+        pattern = self._patterns[key] = self._rehearse(call)
+        result, observed = play(pattern, call)
+        if not pattern.fits(observed, call):
+            raise ValueError(
+                f"The model observed {sorted(observed)} in one run and {sorted(pattern.observed)} in another with the "
+                "same arguments. Let the arguments decide which sites are observed."
+            )
+        return result
+
+    def _rehearse(self, call: Call) -> Pattern:
+        """Finds the pattern of a call and tries both players, so that what fails does so before anything moves."""
+        pattern = rehearse(self.model, self.guide, call, self.bind)
+        with aside():
+            self._decoder(pattern, call)
+            self._encoder(pattern, call)
+        return pattern
+
+    def _decoder(self, pattern: Pattern, call: Call) -> tuple[Score, Observed]:
+        (_, trace), observed = self._wake(pattern, call)
+        names = [
+            name
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample"
+            and name not in pattern.missing
+            and not passes.is_implicit(site)
+        ]
+        return self._score("decoder", (trace, names)), observed
+
+    def _encoder(self, pattern: Pattern, call: Call) -> tuple[Score, Observed]:
+        dream, observed = self._dream(pattern, call)
+        trace = passes.replay(self.guide, pattern.hand_over(dream, call), dream)
+        check_sites(pattern, dream, trace)
+        scored = [(trace, [name for name, _ in passes.sample_sites(trace) if name in dream])]
+        if pattern.latents and self.supervise_encoder and not pattern.lacks_data:
+            at_data = passes.fill_in(self.guide, call, pattern.given(self.model, call))
+            scored.append((at_data, sorted(pattern.latents)))
+        return self._score("encoder", *scored), observed
+
+    def _wake(self, pattern: Pattern, call: Call) -> tuple[tuple[Trace, Trace], Observed]:
+        completion = Trace()
+        if not pattern.is_complete:
+            with torch.no_grad():
+                completion = passes.fill_in(self.guide, call, pattern.given(self.model, call))
+        trace = passes.replay(self.model, call, completion)
+        check_completed(pattern, trace, completion)
+        return (completion, trace), passes.observations(trace)
+
+    def _dream(self, pattern: Pattern, call: Call) -> tuple[Trace, Observed]:
+        if not pattern.lacks_data:
+            return passes.dream(self.model, call)
+        with torch.no_grad():
+            trace = passes.fill_in(self.model, call, {})
+        return trace, passes.observations(trace)
+
+    def _score(self, player: Player, *scored: tuple[Trace, list[str]]) -> Score:
+        """Sums the log-probabilities at sites of a player's program, and finds the parameters that are its own."""
+        log_probs = [
+            (name, log_prob)
+            for trace, names in scored
+            for name, log_prob in passes.log_probs(trace, names).items()
+        ]
+        utility = torch.stack([log_prob for _, log_prob in log_probs]).sum()
+        _refuse_infinite(player, utility, log_probs)
+        parameters: dict[str, Tensor] = {}
+        for trace, _ in scored:
+            parameters |= passes.parameters(trace)
+        unnamed = self._unnamed(utility, parameters, scored[0][0])
+        if player == "decoder":
+            self._of_decoder.update(parameters.values(), unnamed)
+        else:
+            parameters = {n: p for n, p in parameters.items() if p not in self._of_decoder}
+            unnamed = [p for p in unnamed if p not in self._of_decoder]
+        return Score(utility, parameters, unnamed)
+
+    def _unnamed(
+        self, utility: Tensor, parameters: dict[str, Tensor], trace: Trace
+    ) -> list[Tensor]:
+        """Finds the leaves behind a utility that no parameter statement names.
+
+        The graph is searched once for each set of sites, and always where there are such leaves.
+        """
+        sites = tuple(trace.nodes)
+        if not utility.requires_grad or not self._uses_unnamed.get(sites, True):
+            return []
+        named = set(parameters.values())
+        unnamed = [leaf for leaf in _graph_leaves(utility) if leaf not in named]
+        self._uses_unnamed[sites] = bool(unnamed)
+        return unnamed
+
+
+def _refuse_infinite(
+    player: Player, utility: Tensor, log_probs: list[tuple[str, Tensor]]
+) -> None:
+    if not torch.isfinite(utility):
+        sites = {name: value.item() for name, value in log_probs if not torch.isfinite(value)}
+        raise ValueError(
+            f"Expected a finite utility of the {player}, got these log-probabilities (nats): {sites}. Look for NaN in "
+            "the data, for values outside the support of these sites, and for a learning rate that is too large."
+        )
+
+
+def _graph_leaves(value: Tensor) -> Iterator[Tensor]:
+    """Walks over the tensors that a gradient of a value would be accumulated in."""
+    nodes = [value.grad_fn]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        nodes.extend(parent for parent, _ in node.next_functions)
+
+
+class _Attach(torch.autograd.Function):
+    """Gives a value gradients that are already known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, gradients: list[Tensor], *leaves: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, None, *(upstream * gradient for gradient in ctx.saved_tensors)
+
+
+class SymmetricUtility(ELBO):
+    r"""The objective of symmetric equilibrium learning, in the shape of a Pyro ELBO.
+
+    With data :math:`x`, and latents :math:`y` that some batches observe, a draw of the utilities is
+
+    .. math::
+        L_p &= \log p_\theta(x, y, z), \quad z \sim q_\varphi(z \mid x, y), \\
+        L_q &= \log q_\varphi(z' , y' \mid x') + \log q_\varphi(y \mid x), \quad (x', y', z') \sim p_\theta,
+
+    summed over the batch, scaled and masked as Pyro does (nats). The loss is :math:`-(L_p + L_q)`; its gradient is
+    exactly :math:`(-\nabla_\theta L_p, -\nabla_\varphi L_q)`, even where the guide uses the decoder's parameters:
+    what the model touches belongs to the decoder, and the rest of what the guide touches to the encoder.
+
+    It works as ``SVI(model, guide, optim, loss=SymmetricUtility())``, where both players move at once, and
+    ``SymmetricUtility()(model, guide)`` is an ``nn.Module`` whose output is the loss, for torch optimisers.
+
+    Args:
+        bind: Which argument holds the value of which observed site, where that can't be found out: a dict
+            ``{argument: site}``, with dots for what is nested (``"batch.image"``), or a function
+            ``(trace, args, kwargs) -> (args, kwargs)`` that puts the values of a dream into the arguments.
+        supervise_encoder: Whether latents that a batch observes train the encoder too (eq. 11); if not, it learns
+            from dreams alone (eq. 16).
+
+    References:
+        Symmetric Equilibrium Learning of VAEs (Flach, Schlesinger, Shekhovtsov, 2024), eqs. 5, 8, 11 and 16.
+        https://arxiv.org/abs/2307.09883
+
+    Example:
+        >>> def model(x):
+        ...     p = pyro.param("p", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Bernoulli(p))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     slope = pyro.param("slope", torch.tensor(1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Bernoulli(logits=slope * x))
+        >>> loss = SymmetricUtility()(model, guide)
+        >>> loss(torch.zeros(3)).requires_grad
+        True
+    """
+
+    def __init__(self, *, bind: Bind | None = None, supervise_encoder: bool = True) -> None:
+        if not (bind is None or callable(bind) or isinstance(bind, Mapping)):
+            raise TypeError(
+                "Expected bind to be a dict {argument: site} or a function (trace, args, kwargs) -> (args, kwargs), "
+                f"got {type(bind).__name__}."
+            )
+        super().__init__()
+        self.bind = bind
+        self.supervise_encoder = supervise_encoder
+        self._pairs: dict[tuple[Program, Program], Pair] = {}
+
+    def pair(self, model: Program, guide: Program) -> Pair:
+        """Remembers what is found out about a model and a guide."""
+        if (model, guide) not in self._pairs:
+            self._pairs[model, guide] = Pair(model, guide, self.bind, self.supervise_encoder)
+        return self._pairs[model, guide]
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> SymmetricLoss:
+        r"""Estimates :math:`-(L_p + L_q)` (nats) without a gradient."""
+        pair = self.pair(model, guide)
+        with torch.no_grad():
+            decoder, encoder = pair.decoder((args, kwargs)), pair.encoder((args, kwargs))
+        return SymmetricLoss(decoder.utility.item(), encoder.utility.item())
+
+    def loss_and_grads(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> SymmetricLoss:
+        r"""Estimates the loss, and adds each player's gradient to the ``grad`` of its own parameters."""
+        utilities, gradients = self._gradients(model, guide, (args, kwargs))
+        for leaf, gradient in gradients.items():
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        return SymmetricLoss(*(utility.item() for utility in utilities))
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        r"""Estimates the loss as a scalar tensor with each player's gradient in its own parameters."""
+        if not torch.is_grad_enabled():
+            pair = self.pair(model, guide)
+            return -(pair.decoder((args, kwargs)).utility + pair.encoder((args, kwargs)).utility)
+        utilities, gradients = self._gradients(model, guide, (args, kwargs))
+        loss = -sum(utilities)
+        return _Attach.apply(loss, list(gradients.values()), *gradients)
+
+    def _gradients(
+        self, model: Program, guide: Program, call: Call
+    ) -> tuple[list[Tensor], dict[Tensor, Tensor]]:
+        """The utilities, and the gradients of their negatives by parameter."""
+        pair = self.pair(model, guide)
+        utilities, gradients = [], {}
+        for play in (pair.decoder, pair.encoder):
+            score = play(call)
+            leaves = [*score.parameters.values(), *score.unnamed]
+            utilities.append(score.utility.detach())
+            gradients |= {
+                leaf: gradient
+                for leaf, gradient in zip(leaves, score.gradients(leaves), strict=True)
+                if gradient is not None
+            }
+        if not gradients:
+            raise ValueError(NOTHING_TO_LEARN)
+        return utilities, gradients
+
+    def _get_trace(
+        self, model: Program, guide: Program, args: Any, kwargs: Any
+    ) -> tuple[Trace, Trace]:
+        guide_trace, model_trace = self.pair(model, guide).wake((args, kwargs))
+        return model_trace, guide_trace
