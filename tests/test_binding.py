@@ -1,0 +1,393 @@
+"""Which argument holds which observed site."""
+
+import collections
+import dataclasses
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.optim import SGD
+from torch import nn
+
+from pyro_symeq import SymmetricEquilibrium
+from pyro_symeq.binding import Names, get, layout, leaves, put
+
+B, D = 4, 3
+Named = collections.namedtuple("Named", "image label")
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    image: torch.Tensor
+    length: int = D
+
+
+class Watched:
+    """A pair over images whose guide keeps what it was called with.
+
+    Args:
+        pick: Takes the model's arguments to the observed value, with shape (B, D).
+        look: Takes the guide's arguments to what the encoder sees, likewise.
+    """
+
+    def __init__(self, pick, look=None):
+        self.net = nn.Linear(D, 1)
+        self.pick = pick
+        self.look = look or (lambda *args, **kwargs: pick(*args, **kwargs).reshape(B, D))
+        self.seen = []
+
+    def model(self, *args, **kwargs):
+        p = pyro.param("p", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
+        x = self.pick(*args, **kwargs)
+        with pyro.plate("data", B):
+            z = pyro.sample("z", dist.Bernoulli(p))
+            logits = (2 * z - 1)[:, None].expand(B, D)
+            law = dist.Bernoulli(logits=logits).to_event(1)
+            if x.shape != (B, D):
+                law = dist.Bernoulli(logits=logits.reshape(x.shape)).to_event(x.dim() - 1)
+            pyro.sample("x", law, obs=x)
+
+    def guide(self, *args, **kwargs):
+        pyro.module("net", self.net)
+        self.seen.append((args, kwargs))
+        x = self.look(*args, **kwargs)
+        with pyro.plate("data", B):
+            pyro.sample("z", dist.Bernoulli(logits=self.net(x.to(self.net.weight)).squeeze(-1)))
+
+
+def images(**options):
+    return (torch.rand(B, D) < 0.5).to(options.get("dtype", torch.float64))
+
+
+# Each case: the real x in its containers, how the model observes it, how to read it back.
+CASES = {
+    "tensor": (lambda x: ((x,), {}), lambda x: x),
+    "keyword": (lambda x: ((), {"x": x}), lambda x: x),
+    "reshape": (lambda x: ((x.reshape(B, 1, D),), {}), lambda x: x.reshape(B, D)),
+    "view that is a copy": (
+        lambda x: ((x.repeat(1, 2)[:, :D].T.contiguous().T,), {}),
+        lambda x: x.reshape(-1).reshape(B, D),
+    ),
+    "cast from bool": (lambda x: ((x.bool(),), {}), lambda x: x.double()),
+    "cast from bytes, reshaped": (
+        lambda x: ((x.to(torch.uint8).reshape(B, 1, D),), {}),
+        lambda x: x.reshape(B, D).double(),
+    ),
+    "cast to a wider float": (lambda x: ((x.float(),), {}), lambda x: x.double()),
+    "second of two": (lambda x: ((torch.ones(B), x), {}), lambda c, x: x),
+    "dict": (lambda x: (({"image": x, "id": 7},), {}), lambda b: b["image"]),
+    "list in a dict": (lambda x: (({"images": [None, x]},), {}), lambda b: b["images"][1]),
+    "tuple": (lambda x: (((x, "name"),), {}), lambda b: b[0]),
+    "named tuple": (lambda x: ((Named(x, None),), {}), lambda b: b.image),
+    "dataclass": (lambda x: ((Batch(x),), {}), lambda b: b.image),
+    "ordered dict": (
+        lambda x: ((), {"b": collections.OrderedDict(image=x)}),
+        lambda b: b["image"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dreams_reach_the_guide_in_the_place_of_the_data(case):
+    wrap, pick = CASES[case]
+    pair = Watched(pick)
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, SGD({"lr": 0.1}))
+    x = images()
+    args, kwargs = wrap(x)
+    before = [leaf.clone() for _, leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    symeq.step(*args, **kwargs)
+    pair.seen.clear()
+    symeq.step(*args, **kwargs)
+    (awake, asleep) = pair.seen
+    for seen in (awake, asleep):
+        assert layout(seen) == layout((args, kwargs))
+        assert type(seen[0]) is tuple
+    real = [leaf for _, leaf in leaves(awake) if isinstance(leaf, torch.Tensor)]
+    assert all(torch.equal(a, b) for a, b in zip(real, before, strict=True))
+    dream = pick(*asleep[0], **asleep[1]).reshape(B, D)
+    assert dream.shape == x.shape
+    assert ((dream == 0) | (dream == 1)).all()
+    assert not torch.equal(dream, x)
+
+
+def test_the_guide_is_scored_at_the_very_dream():
+    """q(z | x') with z and x' of one dream: the encoder sees what the decoder drew for that z."""
+
+    def model(x):
+        with pyro.plate("data", B):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1e-9), obs=x)
+
+    gaps = []
+
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(()))
+        with pyro.plate("data", B):
+            z = pyro.sample("z", dist.Normal(loc + x, 1.0))
+        gaps.append((z - x).abs().max().item())
+
+    symeq = SymmetricEquilibrium(model, guide, SGD({"lr": 0.0}))
+    symeq.step(torch.randn(B))
+    gaps.clear()
+    symeq.step(torch.randn(B))
+    awake, asleep = gaps
+    assert awake > 1e-3
+    assert asleep < 1e-7
+
+
+@pytest.mark.parametrize(
+    "bind",
+    [
+        {"x": "x"},
+        lambda trace, args, kwargs: ((trace.nodes["x"]["value"],), kwargs),
+    ],
+)
+def test_bind_tells_what_cannot_be_found_out(bind):
+    pair = Watched(lambda x: x.clone(), look=lambda x: x)
+    x = images()
+
+    def model(x):
+        pair.model(x)
+
+    with pytest.raises(ValueError, match="No argument holds the observed value of site 'x'"):
+        SymmetricEquilibrium(model, pair.guide, SGD({"lr": 0.1})).step(x)
+    symeq = SymmetricEquilibrium(model, pair.guide, SGD({"lr": 0.1}), bind=bind)
+    symeq.step(x)
+    pair.seen.clear()
+    symeq.step(x)
+    (_, asleep) = pair.seen
+    assert not torch.equal(asleep[0][0], x)
+
+
+def test_bind_names_what_is_nested():
+    pair = Watched(lambda batch: batch["image"].clone(), look=lambda batch: batch["image"])
+    symeq = SymmetricEquilibrium(
+        lambda batch: pair.model(batch), pair.guide, SGD({"lr": 0.1}), bind={"batch.image": "x"}
+    )
+    symeq.step({"image": images(), "id": torch.arange(B)})
+    assert len(pair.seen) > 0
+
+
+def test_bind_function_with_computed_labels():
+    """Class numbers go in, one-hot codes are observed: only the user knows the way back."""
+    net = nn.Linear(D, 3)
+    seen = []
+
+    def model(x, label):
+        logits = pyro.param("logits", torch.zeros(3, D))
+        with pyro.plate("data", len(x)):
+            code = nn.functional.one_hot(label, 3).double()
+            y = pyro.sample("y", dist.OneHotCategorical(torch.ones(3)), obs=code)
+            pyro.sample("x", dist.Bernoulli(logits=y @ logits).to_event(1), obs=x)
+
+    def guide(x, label):
+        pyro.module("net", net)
+        seen.append(label)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.OneHotCategorical(logits=net(x)))
+
+    def bind(trace, args, kwargs):
+        return (trace.nodes["x"]["value"], trace.nodes["y"]["value"].argmax(-1)), kwargs
+
+    x, label = images(), torch.tensor([0, 1, 2, 2])
+    with pytest.raises(ValueError, match="site 'y'"):
+        SymmetricEquilibrium(model, guide, SGD({"lr": 0.1})).step(x, label)
+    symeq = SymmetricEquilibrium(model, guide, SGD({"lr": 0.1}), bind=bind)
+    losses = [symeq.step(x, label) for _ in range(50)]
+    assert any(not torch.equal(labels, label) for labels in seen)
+    assert losses[-1].encoder != losses[0].encoder
+
+
+def test_covariates_pass_through():
+    seen = []
+    net = nn.Linear(2 * D, 1)
+
+    def model(x, covariate):
+        weight = pyro.param("weight", torch.ones(D))
+        with pyro.plate("data", B):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            logits = z[:, None] * weight + covariate
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(x, covariate):
+        pyro.module("net", net)
+        seen.append(covariate)
+        logits = net(torch.cat([x, covariate], -1)).squeeze(-1)
+        with pyro.plate("data", B):
+            pyro.sample("z", dist.Bernoulli(logits=logits))
+
+    covariate = torch.randn(B, D)
+    SymmetricEquilibrium(model, guide, SGD({"lr": 0.1})).step(images(), covariate)
+    assert all(c is covariate for c in seen)
+
+
+def test_another_kind_of_batch_is_bound_anew():
+    """A switch decides which argument is observed; each kind of call has its own binding."""
+    pair = Watched(lambda a, b, swap: b if swap else a)
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, SGD({"lr": 0.0}))
+    a, b = images(), images()
+    for swap in (False, True, False, True):
+        pair.seen.clear()
+        symeq.step(a, b, swap)
+        (dream_a, dream_b, _), _ = pair.seen[-1]
+        assert (dream_a is a, dream_b is b) == (swap, not swap)
+
+
+def test_a_silent_change_of_the_observed_argument_is_noticed():
+    """An integer decides which argument is observed, though calls look the same."""
+    pair = Watched(lambda a, b, which: (a, b)[which])
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, SGD({"lr": 0.0}))
+    a, b = images(), images()
+    for which in (0, 1, 1, 0):
+        symeq.step(a, b, which)
+        (dream_a, dream_b, _), _ = pair.seen[-1]
+        assert (dream_a is a, dream_b is b) == (which == 1, which == 0)
+
+
+def test_batches_of_any_size_share_a_binding():
+    def model(x):
+        p = pyro.param("p", torch.tensor(0.5))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(p))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    calls = []
+
+    def guide(x):
+        calls.append(len(x))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=x))
+
+    symeq = SymmetricEquilibrium(model, guide, SGD({"lr": 0.1}))
+    symeq.step(torch.randn(6))
+    calls.clear()
+    symeq.step(torch.randn(2))
+    assert calls == [2, 2]
+
+
+class TestErrors:
+    """Each names the site and the remedy, and nothing has moved."""
+
+    def refuse(self, model, guide, *args, match, **options):
+        net_before = {
+            name: value.detach().clone() for name, value in pyro.get_param_store().items()
+        }
+        symeq = SymmetricEquilibrium(model, guide, SGD({"lr": 0.1}), **options)
+        with pytest.raises(ValueError, match=match):
+            symeq.step(*args)
+        assert not symeq.optim.optim_objs
+        for name, value in net_before.items():
+            assert torch.equal(pyro.param(name), value)
+
+    def test_no_argument(self):
+        data = images()
+        pair = Watched(lambda x: data)
+        self.refuse(
+            pair.model, pair.guide, data.clone(), match="No argument holds.*'x'.*bind={'args.0'"
+        )
+
+    def test_an_equal_tensor_is_no_evidence(self):
+        pair = Watched(lambda x: torch.ones(B, D))
+        self.refuse(pair.model, pair.guide, torch.ones(B, D), match="No argument holds")
+
+    def test_two_arguments(self):
+        pair = Watched(lambda a, b: a)
+        x = images()
+        self.refuse(pair.model, pair.guide, x, x, match="Several arguments hold.*args.0.*args.1")
+
+    def test_two_equal_casts(self):
+        pair = Watched(lambda a, b: a.double())
+        x = images(dtype=torch.uint8)
+        self.refuse(pair.model, pair.guide, x, x.bool(), match="Several arguments hold")
+
+    def test_a_transposed_view(self):
+        pair = Watched(lambda x: x.T, look=lambda x: x.T)
+        self.refuse(pair.model, pair.guide, images().T.contiguous(), match="No argument holds")
+
+    def test_unknown_names(self):
+        pair = Watched(lambda x: x)
+        self.refuse(
+            pair.model,
+            pair.guide,
+            images(),
+            bind={"y": "x"},
+            match="bind= names the argument 'y'; there are \\['args.0'\\]",
+        )
+        self.refuse(
+            pair.model,
+            pair.guide,
+            images(),
+            bind={"args.0": "y"},
+            match="bind= names the site 'y'; the model samples \\['x', 'z'\\]",
+        )
+
+    def test_a_wrong_name(self):
+        pair = Watched(lambda a, b: a)
+        self.refuse(
+            pair.model,
+            pair.guide,
+            images(),
+            images(),
+            bind={"args.1": "x"},
+            match="dream of site 'x' in the place of the data, it doesn't observe that dream",
+        )
+
+    def test_a_wrong_function(self):
+        pair = Watched(lambda x: x)
+        self.refuse(
+            pair.model,
+            pair.guide,
+            images(),
+            bind=lambda trace, args, kwargs: (args, kwargs),
+            match="doesn't observe that dream",
+        )
+
+    def test_a_dream_that_does_not_fit(self):
+        def model(x):
+            with pyro.plate("data", B):
+                z = pyro.sample("z", dist.Bernoulli(0.5))
+                pyro.sample("x", dist.Normal(z[:, None], 1.0).to_event(1), obs=x)
+
+        pair = Watched(lambda x: x)
+        self.refuse(
+            model, pair.guide, images(), match=r"shape \(4, 1\).* argument 'x' with shape \(4, 3\)"
+        )
+
+    def test_a_cast_that_rounds(self):
+        def model(x):
+            with pyro.plate("data", B):
+                z = pyro.sample("z", dist.Bernoulli(0.5))
+                law = dist.Normal(z[:, None].expand(B, D), 1.0).to_event(1)
+                pyro.sample("x", law, obs=x.double())
+
+        pair = Watched(lambda x: x)
+        self.refuse(
+            model, pair.guide, images(dtype=torch.int64), match="a cast that rounds, say"
+        )
+
+
+def test_walking_and_putting():
+    tree = (([1, {"a": 2}], Batch(3, 4)), {"k": Named(5, None)})
+    paths = dict(leaves(tree))
+    assert list(paths.values()) == [1, 2, 3, 4, 5, None]
+    for path, leaf in paths.items():
+        assert get(tree, path) == leaf
+        changed = put(tree, path, "new")
+        assert [value for _, value in leaves(changed)] == [
+            "new" if p == path else value for p, value in paths.items()
+        ]
+        assert dict(leaves(tree)) == paths
+
+
+def test_names_are_those_of_the_signature():
+    def program(x, y=None, *rest, z=None):
+        pass
+
+    names = Names(program)
+    assert names((0, 0)) == "x"
+    assert names((0, 1, "a", 2)) == "y.a.2"
+    assert names((0, 2)) == "args.2"
+    assert names((1, "z")) == "z"
+    assert list(names.absent(((1,), {}))) == [(1, "y"), (1, "z")]
+    assert list(names.absent(((None, 2), {"z": None}))) == [(0, 0), (1, "z")]

@@ -1,0 +1,378 @@
+"""SymmetricEquilibrium: schedules, ownership, state."""
+
+import copy
+import io
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.optim import SGD, Adam, ExponentialLR
+from torch import nn
+
+from pyro_symeq import SymmetricEquilibrium, SymmetricUtility
+from tests.enumerable import Decoder, Encoder, Ladder, gradients
+from tests.montecarlo import assert_mean
+from tests.test_utility import COPIES, DRAWS, PATTERNS, Recorder, X
+
+FROZEN = SGD({"lr": 0.0})
+
+
+def clone(leaves):
+    return [leaf.detach().clone() for leaf in leaves]
+
+
+def identical(leaves, values):
+    return all(torch.equal(leaf, value) for leaf, value in zip(leaves, values, strict=True))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("updates", ["alternating", "simultaneous"])
+@pytest.mark.parametrize("still", ["decoder", "encoder"])
+def test_each_player_moves_its_own_parameters_only(updates, pattern, still, device):
+    ladder = Ladder().to(device)
+    moving = Adam({"lr": 0.1})
+    optims = (FROZEN, moving) if still == "decoder" else (moving, FROZEN)
+    symeq = SymmetricEquilibrium(ladder.model, ladder.guide, optims, updates=updates)
+    batch = {name: value.to(device) for name, value in PATTERNS[pattern].items()}
+    theta, phi = clone(ladder.theta), clone(ladder.phi)
+    for _ in range(3):
+        symeq.step(**batch)
+    assert identical(ladder.theta, theta) == (still == "decoder")
+    assert identical(ladder.phi, phi) == (still == "encoder")
+    assert all(leaf.grad is None for leaf in ladder.parameters())
+
+
+@pytest.mark.parametrize("route", ["pyro.module", "PyroModule", "PyroModule, local"])
+def test_ladder_guide_needs_no_detach(route):
+    ladder = Ladder()
+    with pyro.settings.context(module_local_params="local" in route):
+        model, guide = ladder.model, ladder.guide
+        if route != "pyro.module":
+            model = Decoder(ladder)
+            guide = Encoder(ladder, model)
+        symeq = SymmetricEquilibrium(model, guide, (FROZEN, Adam({"lr": 0.1})))
+        theta, phi = clone(ladder.theta), clone(ladder.phi)
+        symeq.step(X)
+    assert identical(ladder.theta, theta)
+    assert not identical(ladder.phi, phi)
+
+
+def test_what_the_model_touches_is_the_decoders_even_if_only_the_guide_names_it():
+    decoder, encoder = nn.Linear(1, 2), nn.Linear(2, 1)
+    scale = torch.ones((), requires_grad=True)
+
+    def model(x):
+        pyro.param("scale", scale)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), scale).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("both", nn.ModuleList([decoder, encoder]))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x) + decoder(x[:, :1])[:, :1], 1.0).to_event(1))
+
+    symeq = SymmetricEquilibrium(model, guide, SGD({"lr": 0.1}))
+    before = clone(decoder.parameters())
+    with pytest.warns(UserWarning, match="no statement names"):
+        symeq.step(X[:, :2])
+    assert identical(decoder.parameters(), before)
+
+
+def test_constrained_parameters_stay_in_their_domain_and_learn():
+    def model(x):
+        p = pyro.param("p", torch.tensor(0.2), constraint=dist.constraints.unit_interval)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(p))
+            pyro.sample("x", dist.Normal(3 * z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=3 * x - 4.5))  # the exact posterior at p = 1/2
+
+    symeq = SymmetricEquilibrium(model, guide, SGD({"lr": 0.01}))
+    x = torch.cat([torch.randn(50), 3 + torch.randn(150)])
+    for _ in range(200):
+        symeq.step(x)
+    # The decoder's best response is p = E q(z = 1 | x).
+    assert pyro.param("p").item() == pytest.approx((3 * x - 4.5).sigmoid().mean().item(), abs=0.05)
+
+
+@pytest.mark.parametrize("updates", ["alternating", "simultaneous"])
+def test_alternating_encoder_answers_the_new_decoder(updates):
+    ladder = Ladder()
+    old = clone(ladder.theta)
+    new = [value + 0.5 * torch.randn_like(value) for value in old]
+
+    class Jump(Recorder):
+        def __call__(self, params, *args, **kwargs):
+            for leaf, value in zip(ladder.theta, new, strict=True):
+                leaf.detach().copy_(value)
+
+    recorder = Recorder()
+    symeq = SymmetricEquilibrium(ladder.model, ladder.guide, (Jump(), recorder), updates=updates)
+    draws = []
+    for _ in range(DRAWS):
+        for leaf, value in zip(ladder.theta, old, strict=True):
+            leaf.detach().copy_(value)
+        symeq.step(X.repeat(COPIES, 1))
+        draws.append(recorder.seen)
+    for leaf, value in zip(ladder.theta, new if updates == "alternating" else old, strict=True):
+        leaf.detach().copy_(value)
+    for leaf, gradient in zip(ladder.phi, gradients(ladder, x=X)[1], strict=True):
+        assert_mean(-torch.stack([seen[leaf] for seen in draws]) / COPIES, gradient)
+
+
+@pytest.mark.parametrize("updates", ["alternating", "simultaneous"])
+def test_steps_and_warmup(updates):
+    moves = []
+
+    class Counter(Recorder):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def __call__(self, params, *args, **kwargs):
+            moves.append(self.name)
+
+    ladder = Ladder()
+    optims = Counter("decoder"), Counter("encoder")
+    symeq = SymmetricEquilibrium(
+        ladder.model,
+        ladder.guide,
+        optims,
+        updates=updates,
+        decoder_steps=2,
+        encoder_steps=3,
+        encoder_warmup=1,
+    )
+    warmup = symeq.step(X)
+    assert moves == ["encoder"] * 3
+    assert warmup.decoder < 0
+    moves.clear()
+    symeq.step(X)
+    expected = {
+        "alternating": ["decoder"] * 2 + ["encoder"] * 3,
+        "simultaneous": ["decoder", "encoder", "decoder", "encoder", "encoder"],
+    }
+    assert moves == expected[updates]
+    assert symeq.num_steps == 2
+
+
+def test_warmup_is_the_encoders_alone():
+    ladder = Ladder()
+    symeq = SymmetricEquilibrium(ladder.model, ladder.guide, Adam({"lr": 0.1}), encoder_warmup=2)
+    theta = clone(ladder.theta)
+    symeq.step(X)
+    symeq.step(X)
+    assert identical(ladder.theta, theta)
+    symeq.step(X)
+    assert not identical(ladder.theta, theta)
+
+
+def test_no_program_runs_more_often_than_it_must():
+    ladder = Ladder()
+    runs = []
+
+    def model(x):
+        runs.append("model")
+        ladder.model(x)
+
+    def guide(x):
+        runs.append("guide")
+        ladder.guide(x)
+
+    symeq = SymmetricEquilibrium(model, guide, SGD({"lr": 0.1}))
+    symeq.step(X)
+    runs.clear()
+    symeq.step(X.repeat(3, 1))
+    assert runs == ["guide", "model", "model", "guide"]
+
+
+def test_evaluating_moves_nothing():
+    ladder = Ladder()
+    symeq = SymmetricEquilibrium(ladder.model, ladder.guide, Adam({"lr": 0.1}))
+    before = clone(ladder.parameters())
+    loss = symeq.evaluate_loss(X)
+    assert loss == -(loss.decoder + loss.encoder)
+    assert identical(ladder.parameters(), before)
+    assert symeq.num_steps == 0
+
+
+class Training:
+    """A training that can be stopped and taken up in a fresh process."""
+
+    OPTIMS = {
+        "one": lambda: Adam({"lr": 0.03}),
+        "two": lambda: (Adam({"lr": 0.03}), SGD({"lr": 0.1, "momentum": 0.9})),
+        "scheduled": lambda: ExponentialLR(
+            {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.9}
+        ),
+    }
+
+    def __init__(self, optim, updates, state=None):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0 if state is None else 1)
+        self.ladder = Ladder()
+        self.optim = self.OPTIMS[optim]()
+        self.symeq = SymmetricEquilibrium(
+            self.model, self.guide, self.optim, updates=updates, encoder_warmup=2
+        )
+        if state is not None:
+            self.symeq.load_state_dict(state)
+
+    def model(self, x):
+        pyro.param("rate", lambda: torch.rand(()), constraint=dist.constraints.positive)
+        self.ladder.model(x)
+
+    def guide(self, x):
+        self.ladder.guide(x)
+
+    def run(self, steps):
+        for _ in range(steps):
+            self.symeq.step(X[torch.randint(len(X), (5,))])
+            if hasattr(self.optim, "step"):
+                self.optim.step()
+        return clone([*self.ladder.parameters(), pyro.param("rate")])
+
+
+@pytest.mark.parametrize("stop", [1, 5])
+@pytest.mark.parametrize("updates", ["alternating", "simultaneous"])
+@pytest.mark.parametrize("optim", Training.OPTIMS)
+def test_resumed_training_goes_on_bit_for_bit(optim, updates, stop):
+    uninterrupted = Training(optim, updates).run(9)
+    first = Training(optim, updates)
+    first.run(stop)
+    file = io.BytesIO()
+    torch.save(first.symeq.state_dict(), file)
+    first.run(1)  # the state is a copy: going on leaves it alone
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    resumed = Training(optim, updates, state).run(9 - stop)
+    assert identical(resumed, uninterrupted)
+
+
+def test_going_back_within_a_training():
+    training = Training("one", "alternating")
+    training.run(3)
+    state = training.symeq.state_dict()
+    once = training.run(4)
+    training.symeq.load_state_dict(state)
+    assert identical(training.run(4), once)
+
+
+def test_loaded_values_survive_saving_before_they_are_used():
+    training = Training("one", "alternating")
+    training.run(3)
+    state = training.symeq.state_dict()
+    untouched = Training("one", "alternating", state).symeq.state_dict()
+    for player in ("decoder", "encoder"):
+        assert state[player]["parameters"].keys() == untouched[player]["parameters"].keys()
+        assert state[player]["optim"].keys() == untouched[player]["optim"].keys()
+
+
+def test_evaluation_uses_loaded_values():
+    training = Training("one", "alternating")
+    training.run(3)
+    state = training.symeq.state_dict()
+    expected = training.symeq.evaluate_loss(X)
+    assert Training("one", "alternating", state).symeq.evaluate_loss(X) == expected
+
+
+def test_parameters_that_a_state_lacks_are_named():
+    training = Training("one", "alternating")
+    training.run(1)
+    state = training.symeq.state_dict()
+    del state["decoder"]["parameters"]["rate"]
+    resumed = Training("one", "alternating", state)
+    with pytest.warns(UserWarning, match="no values for these parameters.*'rate'"):
+        resumed.run(1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state: state.pop("random"), "Expected a state of SymmetricEquilibrium"),
+        (lambda state: state["decoder"]["parameters"].pop("d1$$$bias"), "d1\\$\\$\\$bias"),
+        (
+            lambda state: state["encoder"]["parameters"].update({"e0$$$bias": torch.zeros(7)}),
+            r"Expected .*\(2,\).* got .*\(7,\)",
+        ),
+    ],
+)
+def test_foreign_states_are_refused_and_change_nothing(spoil, message):
+    training = Training("one", "alternating")
+    before = training.run(2)
+    state = copy.deepcopy(training.symeq.state_dict())
+    spoil(state)
+    with pytest.raises(ValueError, match=message):
+        training.symeq.load_state_dict(state)
+    assert identical([*training.ladder.parameters(), pyro.param("rate")], before)
+
+
+def test_a_first_step_leaves_no_trace_but_its_own():
+    """The rehearsal draws, but random numbers and running averages go on as if it had not."""
+    norm = nn.BatchNorm1d(3)
+    ladder = Ladder()
+
+    def guide(x):
+        norm(x)
+        ladder.guide(x)
+
+    def second_step(symeq):
+        pyro.set_rng_seed(0)
+        norm.reset_running_stats()
+        symeq.step(X)
+        return torch.rand(3), norm.running_mean.clone(), norm.num_batches_tracked.clone()
+
+    rehearsed = SymmetricEquilibrium(ladder.model, guide, FROZEN)
+    rehearsed.step(X)
+    expected = second_step(rehearsed)
+    assert identical(second_step(SymmetricEquilibrium(ladder.model, guide, FROZEN)), expected)
+
+
+def test_leftover_elbo_is_called_out():
+    ladder = Ladder()
+    with pytest.warns(UserWarning, match="the game has its own utilities"):
+        symeq = SymmetricEquilibrium(ladder.model, ladder.guide, FROZEN, loss=Trace_ELBO())
+    assert symeq.step(X) == pytest.approx(-(symeq.step(X).decoder + symeq.step(X).encoder), rel=1)
+
+
+def test_a_utility_may_be_the_loss():
+    ladder = Ladder()
+    utility = SymmetricUtility(supervise_encoder=False)
+    symeq = SymmetricEquilibrium(ladder.model, ladder.guide, FROZEN, loss=utility)
+    assert symeq.utility is utility
+    with pytest.raises(ValueError, match="to the SymmetricUtility that is the loss"):
+        SymmetricEquilibrium(ladder.model, ladder.guide, FROZEN, utility, bind={"x": "x"})
+
+
+@pytest.mark.parametrize(
+    "optim", [None, torch.optim.Adam, (FROZEN,), (FROZEN, None), [FROZEN] * 3, {"lr": 1e-3}]
+)
+def test_optim_of_another_kind_is_refused(optim):
+    ladder = Ladder()
+    with pytest.raises(TypeError, match="PyroOptim or a pair of them"):
+        SymmetricEquilibrium(ladder.model, ladder.guide, optim)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"updates": "parallel"}, "updates='alternating' or 'simultaneous', got 'parallel'"),
+        ({"decoder_steps": 0}, "decoder_steps to be an integer of at least 1, got 0"),
+        ({"encoder_steps": 1.5}, "encoder_steps to be an integer of at least 1, got 1.5"),
+        ({"encoder_warmup": -1}, "encoder_warmup to be an integer of at least 0, got -1"),
+    ],
+)
+def test_options_are_checked(option, message):
+    ladder = Ladder()
+    with pytest.raises(ValueError, match=message):
+        SymmetricEquilibrium(ladder.model, ladder.guide, FROZEN, **option)
+
+
+def test_repr_tells_the_schedule():
+    ladder = Ladder()
+    assert "updates='alternating'" in repr(SymmetricEquilibrium(ladder.model, ladder.guide, FROZEN))

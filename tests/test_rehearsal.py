@@ -1,0 +1,336 @@
+"""Pairs and batches that can't be learned from are refused, and nothing has moved."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule
+from pyro.optim import Adam
+from torch import nn
+
+from pyro_symeq import Implicit, SymmetricEquilibrium, SymmetricUtility
+
+X = torch.tensor([[0.5, -1.0], [2.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+
+
+class Pair:
+    """A Gaussian pair that learns, with a spot for a fault in each program."""
+
+    def __init__(self):
+        self.decoder = nn.Linear(1, 2)
+        self.encoder = nn.Linear(2, 1)
+        self.prior = dist.Normal(torch.zeros(1), torch.ones(1)).to_event(1)
+
+    def state_dict(self):
+        return nn.ModuleList([self.decoder, self.encoder]).state_dict()
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior)
+            self.after_z(z)
+            pyro.sample("x", self.likelihood(z), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            self.before_z(x)
+            z = pyro.sample("z", self.posterior(x))
+            self.beside_z(z)
+
+    def likelihood(self, z):
+        return dist.Normal(self.decoder(z), 1.0).to_event(1)
+
+    def posterior(self, x):
+        return dist.Normal(self.encoder(x), 1.0).to_event(1)
+
+    def after_z(self, z):
+        """Sites between z and x in the model."""
+
+    def before_z(self, x):
+        """Sites before z in the guide."""
+
+    def beside_z(self, z):
+        """Sites after z in the guide."""
+
+
+def refuse(pair, match, x=X, warm=False, **options):
+    """Checks the message, and that parameters and optimiser are as they were."""
+    optim = Adam({"lr": 0.1})
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, optim, **options)
+    if warm:
+        symeq.step(X)
+    before = {name: value.clone() for name, value in pair.state_dict().items()}
+    state = symeq.state_dict()
+    with pytest.raises(ValueError, match=match):
+        symeq.step(x)
+    after = pair.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    for player in ("decoder", "encoder"):
+        old, new = state[player]["optim"], symeq.state_dict()[player]["optim"]
+        assert str(old) == str(new)
+    assert symeq.num_steps == int(warm)
+
+
+def test_the_sound_pair_is_accepted():
+    pair = Pair()
+    before = {name: value.clone() for name, value in pair.state_dict().items()}
+    SymmetricEquilibrium(pair.model, pair.guide, Adam({"lr": 0.1})).step(X)
+    assert not any(torch.equal(value, before[name]) for name, value in pair.state_dict().items())
+
+
+def test_auto_guide():
+    pair = Pair()
+    pair.guide = AutoNormal(pair.model)
+    refuse(pair, "The guide ignores the data.*an AutoGuide")
+
+
+def test_guide_that_ignores_the_data():
+    pair = Pair()
+    loc = torch.zeros(1, requires_grad=True)
+    pair.posterior = lambda x: dist.Normal(pyro.param("loc", loc).expand(len(x), 1), 1.0).to_event(1)
+    refuse(pair, r"The guide ignores the data: it never reads the values of \['x'\]")
+
+
+def test_guide_that_closes_over_its_data():
+    pair = Pair()
+    pair.posterior = lambda x: dist.Normal(pair.encoder(X), 1.0).to_event(1)
+    refuse(pair, "ignores the data")
+
+
+def test_a_guide_that_starts_at_zero_reads_the_data_all_the_same():
+    pair = Pair()
+    nn.init.zeros_(pair.encoder.weight)
+    SymmetricEquilibrium(pair.model, pair.guide, Adam({"lr": 0.1})).step(X)
+    assert pair.encoder.weight.abs().sum() > 0
+
+
+def test_scripted_guide_networks_are_accepted():
+    pair = Pair()
+    with pytest.warns((DeprecationWarning, FutureWarning)):
+        scripted = torch.jit.script(pair.encoder)
+    pair.posterior = lambda x: dist.Normal(scripted(x), 1.0).to_event(1)
+    SymmetricEquilibrium(pair.model, pair.guide, Adam({"lr": 0.1})).step(X)
+
+
+def test_latent_missing_from_the_guide():
+    pair = Pair()
+    pair.after_z = lambda z: pyro.sample("w", dist.Normal(z.squeeze(-1), 1.0))
+    refuse(pair, r"The guide never samples \['w'\], which the model does")
+
+
+def test_guide_site_that_the_model_lacks():
+    pair = Pair()
+    pair.before_z = lambda x: pyro.sample("w", dist.Normal(x[:, 0], 1.0))
+    refuse(pair, r"The guide samples \['w'\], which the model doesn't.*is_auxiliary")
+
+
+def test_auxiliary_guide_site_is_accepted():
+    pair = Pair()
+    pair.before_z = lambda x: pyro.sample(
+        "w", dist.Normal(x[:, 0], 1.0), infer={"is_auxiliary": True}
+    )
+    loss = SymmetricEquilibrium(pair.model, pair.guide, Adam({"lr": 0.1})).step(X)
+    assert loss.encoder < 0
+
+
+@pytest.mark.parametrize("place", ["likelihood", "posterior"])
+def test_implicit_site_where_a_density_is_needed(place):
+    pair = Pair()
+    events = (2 if place == "likelihood" else 1,)
+    setattr(pair, place, lambda v: Implicit(lambda shape: torch.zeros(*shape, *events), events))
+    refuse(pair, "is Implicit.*Give it a distribution with log_prob")
+
+
+def test_implicit_prior_with_parameters():
+    pair = Pair()
+    shift = nn.Parameter(torch.zeros(1))
+    pair.prior = Implicit(lambda shape: torch.randn(*shape, 1) + shift, (1,))
+    refuse(pair, "site 'z' is Implicit and would have to learn: it depends on parameters")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("warm", [False, True])
+def test_data_that_are_not_finite(value, warm):
+    pair = Pair()
+    pair.posterior = lambda x: dist.Normal(pair.encoder(x.nan_to_num(0, 0)), 1.0).to_event(1)
+    bad = X.clone()
+    bad[1, 0] = value
+    with pyro.validation_enabled(False):
+        refuse(pair, "finite utility of the decoder, got these.*'x': (nan|-inf)", bad, warm)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_data_outside_the_support(warm):
+    pair = Pair()
+    pair.posterior = lambda x: dist.Normal(pair.encoder(x.nan_to_num()), 1.0).to_event(1)
+    refuse(pair, "No log-probability at site 'x': Expected value", X * float("nan"), warm)
+
+
+def test_encoder_that_fails_on_dreams_at_the_first_step():
+    pair = Pair()
+    pair.likelihood = lambda z: dist.Normal(pair.decoder(z) + 100, 1.0).to_event(1)
+    pair.posterior = lambda x: dist.Normal(
+        pair.encoder(x) + torch.where(x[:, :1] > 50, float("nan"), 0.0), 1.0, validate_args=False
+    ).to_event(1)
+    with pyro.validation_enabled(False):
+        refuse(pair, "finite utility of the encoder, got these.*'z': nan")
+
+
+@pytest.mark.parametrize("updates", ["alternating", "simultaneous"])
+def test_encoder_that_fails_on_dreams_later(updates):
+    """The decoder has moved by then, and is taken back."""
+    pair = Pair()
+    faults = {"on": False}
+
+    def posterior(x):
+        fault = faults["on"] and x.requires_grad is False and not torch.equal(x, X)
+        loc = pair.encoder(x) * (float("nan") if fault else 1.0)
+        return dist.Normal(loc, 1.0, validate_args=False).to_event(1)
+
+    pair.posterior = posterior
+    optim = Adam({"lr": 0.1})
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, optim, updates=updates, encoder_steps=2)
+    symeq.step(X)
+    faults["on"] = True
+    before, state = pair.state_dict(), symeq.state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    with pytest.raises(ValueError, match="'z'"):
+        symeq.step(X)
+    assert all(torch.equal(pair.state_dict()[name], value) for name, value in before.items())
+    assert str(symeq.state_dict()["decoder"]) == str(state["decoder"])
+    faults["on"] = False
+    symeq.step(X)
+
+
+def test_nothing_to_learn():
+    pair = Pair()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pair.prior)
+            pyro.sample("x", dist.Normal(z.expand(len(x), 2), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, :1], 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="nothing to learn: neither the model nor the guide"):
+        SymmetricEquilibrium(model, guide, Adam({"lr": 0.1})).step(X)
+    with pytest.raises(ValueError, match="nothing to learn"):
+        SymmetricUtility()(model, guide)(X)
+
+
+def test_networks_that_were_not_registered():
+    pair = Pair()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", pair.posterior(x))
+
+    pair.guide = guide
+    refuse(pair, r"nothing to learn for the encoder.*\(1, 2\).*Register their networks")
+
+
+def test_model_without_data():
+    pair = Pair()
+
+    def model(z):
+        pyro.module("decoder", pair.decoder)
+        with pyro.plate("data", len(z)):
+            pyro.sample("z", pair.prior, obs=z)
+
+    def guide(z):
+        pyro.module("encoder", pair.encoder)
+        with pyro.plate("data", len(z)):
+            pyro.sample("z", pair.posterior(torch.ones(len(z), 2)))
+
+    pair.model, pair.guide = model, guide
+    refuse(pair, "observes no site that the guide lacks", X[:, :1])
+
+
+def test_observed_sites_that_change_from_run_to_run():
+    pair = Pair()
+    runs = []
+
+    def after_z(z):
+        runs.append(None)
+        if len(runs) % 2:
+            pyro.sample("odd", dist.Normal(z.squeeze(-1), 1.0), obs=X[:, 0])
+
+    pair.after_z = after_z
+    refuse(pair, "observe|No argument", bind=lambda t, a, k: ((t.nodes["x"]["value"],), k))
+
+
+class Partial(PyroModule):
+    """x may be missing, z1 and z2 may be given."""
+
+    def __init__(self):
+        super().__init__()
+        self.d = nn.Linear(1, 1)
+        self.e = nn.Linear(1, 1)
+        self.f = nn.Linear(2, 1)
+
+    def model(self, x=None, z1=None, z2=None):
+        pyro.module("d", self.d)
+        n = next(len(v) for v in (x, z1, z2) if v is not None)
+        with pyro.plate("data", n):
+            a = pyro.sample("z1", dist.Normal(torch.zeros(1), 1.0).to_event(1), obs=z1)
+            b = pyro.sample("z2", dist.Normal(self.d(a), 1.0).to_event(1), obs=z2)
+            pyro.sample("x", dist.Normal(a + b, 1.0).to_event(1), obs=x)
+
+    def guide(self, x=None, z1=None, z2=None):
+        pyro.module("e", self.e)
+        pyro.module("f", self.f)
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("z1", dist.Normal(self.e(x), 1.0).to_event(1))
+            pyro.sample("z2", dist.Normal(self.f(torch.cat([x, a], -1)), 1.0).to_event(1))
+
+
+def test_missing_data_with_missing_latents():
+    pair = Partial()
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, Adam({"lr": 0.1}))
+    z = torch.randn(4, 1)
+    assert symeq.step(z1=z, z2=2 * z).encoder < 0
+    assert symeq.step(None, z, 2 * z).encoder < 0
+    with pytest.raises(ValueError, match=r"lacks \['x'\] and doesn't give \['z2'\]"):
+        symeq.step(z1=z)
+
+
+def test_one_of_two_kinds_of_data_may_be_missing():
+    """What is missing is neither scored nor dreamed into the guide, which sees None as ever."""
+    net = nn.Linear(1, 1)
+    seen = []
+
+    def model(x, w=None):
+        shift = pyro.param("shift", torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + shift, 1.0), obs=x)
+            pyro.sample("w", dist.Normal(z, 1.0), obs=w)
+
+    def guide(x, w=None):
+        pyro.module("net", net)
+        seen.append(w)
+        both = x if w is None else x + w
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(net(both[:, None]).squeeze(-1), 1.0))
+
+    x = torch.randn(3)
+    symeq = SymmetricEquilibrium(model, guide, Adam({"lr": 0.0}))
+    symeq.step(x)
+    assert all(w is None for w in seen)
+    seen.clear()
+    symeq.step(x, x.clone())
+    assert all(w is not None for w in seen)
+
+
+def test_losses_of_partial_batches_count_what_is_there():
+    """At fixed values every term is a number: log p(z) for latents only, no log p(w) without w."""
+    pair = Partial()
+    z = torch.randn(5, 1)
+    loss = SymmetricUtility().loss(pair.model, pair.guide, z1=z, z2=2 * z)
+    normal = dist.Normal(0.0, 1.0)
+    expected = normal.log_prob(z).sum() + normal.log_prob(2 * z - pair.d(z)).sum()
+    assert loss.decoder == pytest.approx(expected.item())
