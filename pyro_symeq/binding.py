@@ -87,6 +87,7 @@ class Names:
         self.optional = [p.name for p in parameters if p.default is None]
 
     def __call__(self, path: Path) -> str:
+        """Writes a path."""
         side, key, *rest = path
         if side == 0:
             known = key < len(self.positional)

@@ -13,6 +13,8 @@ from torch.distributions import Distribution, constraints
 
 __all__ = ["Implicit"]
 
+Shape = torch.Size | list[int] | tuple[int, ...]
+
 
 class Implicit(TorchDistribution):
     r"""A distribution given by a sampler alone.
@@ -44,8 +46,8 @@ class Implicit(TorchDistribution):
     def __init__(
         self,
         sampler: Callable[[torch.Size], Tensor],
-        event_shape: tuple[int, ...] = (),
-        batch_shape: tuple[int, ...] = (),
+        event_shape: Shape = (),
+        batch_shape: Shape = (),
         *,
         support: constraints.Constraint = constraints.real,
         validate_args: bool | None = None,
@@ -64,9 +66,7 @@ class Implicit(TorchDistribution):
         missing = len(self.event_shape) - self._support.event_dim
         return constraints.independent(self._support, missing) if missing > 0 else self._support
 
-    def expand(
-        self, batch_shape: torch.Size, _instance: Distribution | None = None
-    ) -> "Implicit":  # noqa: D102
+    def expand(self, batch_shape: Shape, _instance: Distribution | None = None) -> "Implicit":  # noqa: D102
         return Implicit(
             self.sampler,
             self.event_shape,
@@ -86,7 +86,7 @@ class Implicit(TorchDistribution):
             validate_args=self._validate_args,
         )
 
-    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
         r"""Draws from the sampler.
 
         Args:

@@ -415,7 +415,9 @@ def _pair_of_optims(optim: Any) -> tuple[PyroOptim, PyroOptim]:
 
 def _check_count(name: str, value: int, at_least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"Expected {name} to be an integer of at least {at_least}, got {value!r}.")
+        raise ValueError(
+            f"Expected {name} to be an integer of at least {at_least}, got {value!r}."
+        )
 
 
 def _check_learnable(players: tuple[_Player, ...], scores: list[Score]) -> None:
@@ -425,7 +427,8 @@ def _check_learnable(players: tuple[_Player, ...], scores: list[Score]) -> None:
         shapes = [tuple(leaf.shape) for leaf in score.unnamed]
         problem = (
             f"The {player.name}'s program uses parameters that no statement names, with shapes "
-            f"{shapes}. Register their networks with pyro.module or as attributes of a PyroModule."
+            f"{shapes}. Register their networks with pyro.module or as attributes of a PyroModule; if "
+            "they are, other parameters of that name are in the way: pyro.clear_param_store()."
         )
         if not score.parameters:
             raise ValueError(f"There is nothing to learn for the {player.name}. {problem}")

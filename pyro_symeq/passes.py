@@ -79,7 +79,7 @@ def run(program: Program, call: Call, *handlers: Messenger) -> Trace:
     """Runs a program under handlers, the last of them nearest to it, and returns the trace."""
     args, kwargs = call
     traced = poutine.trace(program)
-    handled = traced
+    handled: Program = traced
     for handler in reversed(handlers):
         handled = handler(handled)
     handled(*args, **kwargs)
@@ -104,10 +104,16 @@ def replay(program: Program, call: Call, trace: Trace) -> Trace:
     return run(program, call, complete(values(trace)))
 
 
+def value(trace: Trace, name: str) -> Tensor:
+    """The value of a site."""
+    site: Site = trace.nodes[name]
+    return site["value"]
+
+
 def values(trace: Trace) -> dict[str, Tensor]:
     """The values of the sample sites of a trace, by name."""
     return {
-        name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"
+        name: value(trace, name) for name, site in trace.nodes.items() if site["type"] == "sample"
     }
 
 
@@ -126,7 +132,7 @@ def sample_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
 def parameters(trace: Trace) -> dict[str, Tensor]:
     """The unconstrained parameters that a program touched, by the name of their statement."""
     return {
-        name: unconstrained(site["value"])
+        name: unconstrained(value(trace, name))
         for name, site in trace.nodes.items()
         if site["type"] == "param"
     }

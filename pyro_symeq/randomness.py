@@ -1,7 +1,7 @@
 """The states of all random number generators that a program may draw from."""
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ def get_state() -> State:
     Returns:
         Tensors, numbers and containers only, so that ``torch.load`` reads it with ``weights_only=True``.
     """
-    kind, keys, *rest = np.random.get_state()  # type: ignore[misc]
+    kind, keys, *rest = cast(Any, np.random.get_state())
     return {
         "torch": torch.get_rng_state(),
         "accelerator": _accelerator().get_rng_state_all() if _in_use() else [],

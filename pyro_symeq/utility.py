@@ -22,14 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from pyro_symeq import passes
 from pyro_symeq.binding import Call, Program, layout
-from pyro_symeq.rehearsal import (
-    Bind,
-    Pattern,
-    aside,
-    check_completed,
-    check_sites,
-    rehearse,
-)
+from pyro_symeq.pattern import Pattern
+from pyro_symeq.rehearsal import Bind, aside, rehearse
 
 __all__ = ["SymmetricLoss", "SymmetricUtility"]
 
@@ -59,7 +53,7 @@ class SymmetricLoss(float):
     decoder: float
     encoder: float
 
-    def __new__(cls, decoder: float, encoder: float) -> "SymmetricLoss":
+    def __new__(cls, decoder: float, encoder: float) -> "SymmetricLoss":  # noqa: D102
         loss = super().__new__(cls, -(decoder + encoder))
         loss.decoder = decoder
         loss.encoder = encoder
@@ -179,10 +173,10 @@ class Pair:
     def _encoder(self, pattern: Pattern, call: Call) -> tuple[Score, Observed]:
         dream, observed = self._dream(pattern, call)
         trace = passes.replay(self.guide, pattern.hand_over(dream, call), dream)
-        check_sites(pattern, dream, trace)
+        pattern.check_dreamed(dream, trace)
         scored = [(trace, [name for name, _ in passes.sample_sites(trace) if name in dream])]
         if pattern.latents and self.supervise_encoder and not pattern.lacks_data:
-            at_data = passes.fill_in(self.guide, call, pattern.given(self.model, call))
+            at_data = passes.fill_in(self.guide, call, self._given(pattern, call))
             scored.append((at_data, sorted(pattern.latents)))
         return self._score("encoder", *scored), observed
 
@@ -190,10 +184,18 @@ class Pair:
         completion = Trace()
         if not pattern.is_complete:
             with torch.no_grad():
-                completion = passes.fill_in(self.guide, call, pattern.given(self.model, call))
+                completion = passes.fill_in(self.guide, call, self._given(pattern, call))
         trace = passes.replay(self.model, call, completion)
-        check_completed(pattern, trace, completion)
+        pattern.check_completed(trace, completion)
         return (completion, trace), passes.observations(trace)
+
+    def _given(self, pattern: Pattern, call: Call) -> Observed:
+        """The observed latents; the model is run to read them only where no argument holds them."""
+        if pattern.latents <= pattern.arguments.keys():
+            return pattern.given(call)
+        with aside():
+            _, observed = passes.dream(self.model, call)
+        return {name: observed[name] for name in pattern.latents}
 
     def _dream(self, pattern: Pattern, call: Call) -> tuple[Trace, Observed]:
         if not pattern.lacks_data:
@@ -238,9 +240,7 @@ class Pair:
         return unnamed
 
 
-def _refuse_infinite(
-    player: Player, utility: Tensor, log_probs: list[tuple[str, Tensor]]
-) -> None:
+def _refuse_infinite(player: Player, utility: Tensor, log_probs: list[tuple[str, Tensor]]) -> None:
     if not torch.isfinite(utility):
         sites = {name: value.item() for name, value in log_probs if not torch.isfinite(value)}
         raise ValueError(
@@ -267,9 +267,7 @@ class _Attach(torch.autograd.Function):
     """Gives a value gradients that are already known."""
 
     @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, gradients: list[Tensor], *leaves: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *leaves: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
         return value.clone()
 
@@ -370,7 +368,8 @@ class SymmetricUtility(ELBO):
     ) -> tuple[list[Tensor], dict[Tensor, Tensor]]:
         """The utilities, and the gradients of their negatives by parameter."""
         pair = self.pair(model, guide)
-        utilities, gradients = [], {}
+        utilities: list[Tensor] = []
+        gradients: dict[Tensor, Tensor] = {}
         for play in (pair.decoder, pair.encoder):
             score = play(call)
             leaves = [*score.parameters.values(), *score.unnamed]

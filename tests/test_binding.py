@@ -362,9 +362,7 @@ class TestErrors:
                 pyro.sample("x", law, obs=x.double())
 
         pair = Watched(lambda x: x)
-        self.refuse(
-            model, pair.guide, images(dtype=torch.int64), match="a cast that rounds, say"
-        )
+        self.refuse(model, pair.guide, images(dtype=torch.int64), match="a cast that rounds, say")
 
 
 def test_walking_and_putting():

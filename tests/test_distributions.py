@@ -21,9 +21,7 @@ def mixture(shape):
 
 
 IMPLICIT = Implicit(mixture, event_shape=(2,))
-EXPLICIT = dist.MixtureSameFamily(
-    dist.Categorical(WEIGHTS), dist.Normal(CENTRES, 0.5).to_event(1)
-)
+EXPLICIT = dist.MixtureSameFamily(dist.Categorical(WEIGHTS), dist.Normal(CENTRES, 0.5).to_event(1))
 
 
 def test_shapes():
@@ -102,9 +100,7 @@ def test_decoder_gradient_is_the_same_draw_by_draw():
         pyro.clear_param_store()
         pair = Pair(prior)
         pair.load_state_dict(implicit.state_dict())
-        symeq = SymmetricEquilibrium(
-            pair.model, pair.guide, (SGD({"lr": 1.0}), SGD({"lr": 0.0}))
-        )
+        symeq = SymmetricEquilibrium(pair.model, pair.guide, (SGD({"lr": 1.0}), SGD({"lr": 0.0})))
         x = torch.ones(4, 3)
         symeq.evaluate_loss(x)
         pyro.set_rng_seed(3)

@@ -375,4 +375,6 @@ def test_options_are_checked(option, message):
 
 def test_repr_tells_the_schedule():
     ladder = Ladder()
-    assert "updates='alternating'" in repr(SymmetricEquilibrium(ladder.model, ladder.guide, FROZEN))
+    assert "updates='alternating'" in repr(
+        SymmetricEquilibrium(ladder.model, ladder.guide, FROZEN)
+    )

@@ -89,7 +89,9 @@ def test_auto_guide():
 def test_guide_that_ignores_the_data():
     pair = Pair()
     loc = torch.zeros(1, requires_grad=True)
-    pair.posterior = lambda x: dist.Normal(pyro.param("loc", loc).expand(len(x), 1), 1.0).to_event(1)
+    pair.posterior = lambda x: dist.Normal(pyro.param("loc", loc).expand(len(x), 1), 1.0).to_event(
+        1
+    )
     refuse(pair, r"The guide ignores the data: it never reads the values of \['x'\]")
 
 

@@ -41,9 +41,7 @@ class Recorder(PyroOptim):
 
 def by_step(ladder, updates="alternating", **options):
     recorders = Recorder(), Recorder()
-    symeq = SymmetricEquilibrium(
-        ladder.model, ladder.guide, recorders, updates=updates, **options
-    )
+    symeq = SymmetricEquilibrium(ladder.model, ladder.guide, recorders, updates=updates, **options)
 
     def draw(**batch):
         symeq.step(**batch)
@@ -196,8 +194,6 @@ def test_bind_of_another_kind_is_refused():
 
 def test_traces_are_those_of_the_wake_pass():
     ladder = Ladder()
-    model_trace, guide_trace = SymmetricUtility()._get_trace(
-        ladder.model, ladder.guide, (X,), {}
-    )
+    model_trace, guide_trace = SymmetricUtility()._get_trace(ladder.model, ladder.guide, (X,), {})
     for name in ("z0", "z1"):
         assert model_trace.nodes[name]["value"] is guide_trace.nodes[name]["value"]

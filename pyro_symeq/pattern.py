@@ -1,0 +1,117 @@
+r"""Patterns of observation: which sites a kind of batch observes, and how its arguments hold them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_symeq import passes
+from pyro_symeq.binding import Call, Names, Path, equal, fit, get, put, same_memory
+
+NEVER_SAMPLES = (
+    "The guide never samples {sites}, which the model does. Sample these sites in the guide too, "
+    "or observe them in the model."
+)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which sites a kind of batch observes, and how a dream of them is handed to the guide.
+
+    Args:
+        observed: The sites that the model observes.
+        latents: Those of them that the guide samples too; there the guide is clamped.
+        missing: The data sites that the batch lacks.
+        is_complete: Whether no latent is left for the guide to draw.
+        arguments: The path to the argument that holds the value of a site.
+        dtypes: The type in which the model observes a site.
+        names: Writes paths as a user does.
+        bind: The user's own way to hand a dream to the guide.
+    """
+
+    observed: frozenset[str]
+    latents: frozenset[str]
+    missing: frozenset[str]
+    is_complete: bool
+    arguments: Mapping[str, Path]
+    dtypes: Mapping[str, torch.dtype]
+    names: Names = field(repr=False)
+    bind: Callable[..., Call] | None = None
+
+    @property
+    def lacks_data(self) -> bool:
+        """Whether only latents are observed, so that data must be drawn for them."""
+        return bool(self.missing) and self.observed == self.latents
+
+    def given(self, call: Call) -> dict[str, Tensor]:
+        """The observed latents, as the arguments hold them."""
+        return {
+            name: get(call, self.arguments[name]).to(self.dtypes[name]) for name in self.latents
+        }
+
+    def fits(self, observed: Mapping[str, Tensor], call: Call) -> bool:
+        """Whether the model observed the sites of this pattern, from the same arguments."""
+        return observed.keys() == self.observed and all(
+            _still_holds(get(call, path), observed[name])
+            for name, path in self.arguments.items()
+            if name in observed
+        )
+
+    def hand_over(self, dream: Trace, call: Call) -> Call:
+        """Puts dreamed values in the place of the observed ones, in copies of the containers.
+
+        Raises:
+            ValueError: A dreamed value does not fit its argument.
+        """
+        if self.bind is not None:
+            return self.bind(dream, *call)
+        for name, path in self.arguments.items():
+            leaf = get(call, path)
+            dreamed = fit(name, passes.value(dream, name), leaf, self.names(path))
+            call = put(call, path, dreamed)
+        return call
+
+    def check_completed(self, trace: Trace, completion: Trace) -> None:
+        """Checks that the guide gave a value to each site that the model did not observe.
+
+        Raises:
+            ValueError: A latent is missing from the guide.
+        """
+        forgotten = [
+            name
+            for name, site in passes.sample_sites(trace)
+            if not (site["is_observed"] or name in completion or name in self.missing)
+        ]
+        if forgotten:
+            raise ValueError(NEVER_SAMPLES.format(sites=forgotten))
+
+    def check_dreamed(self, dream: Trace, trace: Trace) -> None:
+        """Checks that the guide samples the latents of a dream, and nothing else that counts.
+
+        Raises:
+            ValueError: A latent is missing from the guide, or the model lacks a site of the guide.
+        """
+        sampled = dict(passes.sample_sites(trace))
+        known = self.observed | self.missing | sampled.keys()
+        if forgotten := [name for name, _ in passes.sample_sites(dream) if name not in known]:
+            raise ValueError(NEVER_SAMPLES.format(sites=forgotten))
+        extra = [
+            name
+            for name, site in sampled.items()
+            if name not in dream and not site["infer"].get("is_auxiliary")
+        ]
+        if extra:
+            raise ValueError(
+                f"The guide samples {extra}, which the model doesn't. Sample these sites in the "
+                "model too, or mark them with infer={'is_auxiliary': True}."
+            )
+
+
+def _still_holds(leaf: object, value: Tensor) -> bool:
+    """Compares memory; for a cast, elements too, which costs a read and is for validation only."""
+    if not isinstance(leaf, Tensor) or leaf.numel() != value.numel():
+        return False
+    return same_memory(leaf, value) or not is_validation_enabled() or equal(leaf, value)
