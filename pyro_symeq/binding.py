@@ -1,9 +1,9 @@
 r"""Which argument of the programs holds the value of which observed site.
 
-When the encoder dreams, the guide must be called with the *dreamed* :math:`x` in the place of the real one. That place
-is a leaf of ``(args, kwargs)``, however deep in tuples, lists, dicts and dataclasses, and is written as a path: the
-keys that lead to it. A leaf holds a site's value if the ``obs=`` value is that tensor, a view or reshape of it in the
-same order, or a cast of it.
+When the encoder dreams, the guide must be called with the *dreamed* :math:`x` in the place of the
+real one. That place is a leaf of ``(args, kwargs)``, however deep in tuples, lists, dicts and
+dataclasses, and is written as a path: the keys that lead to it. A leaf holds a site's value if the
+``obs=`` value is that tensor, a view or reshape of it in the same order, or a cast of it.
 """
 
 import copy
@@ -36,7 +36,7 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def put(tree: Any, path: Path, value: Any) -> Any:
-    """Copies the containers along a path and puts a value at its end; the original stays as it is."""
+    """Copies the containers along a path and puts a value at its end."""
     if not path:
         return value
     key, rest = path[0], path[1:]
@@ -63,7 +63,7 @@ def get(tree: Any, path: Path) -> Any:
 
 
 def layout(tree: Any) -> tuple[tuple[Path, Any], ...]:
-    """Tells calls apart that may observe different sites: containers, types, switches and what is ``None``."""
+    """Tells calls apart by containers, types, switches and what is ``None``."""
     return tuple((path, _kind(leaf)) for path, leaf in leaves(tree))
 
 
@@ -74,7 +74,7 @@ def _kind(leaf: Any) -> Any:
 
 
 class Names:
-    """Names of the leaves of ``(args, kwargs)``, as a user writes them: ``x``, ``batch.image``, ``args.1``."""
+    """Writes paths into ``(args, kwargs)`` as a user does: ``x``, ``batch.image``, ``args.1``."""
 
     def __init__(self, program: Program) -> None:
         function = program.forward if isinstance(program, torch.nn.Module) else program
@@ -143,7 +143,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 def find(value: Tensor, call: Call) -> list[Path]:
-    """Finds the leaves that hold a value: those that share its memory or, if none does, that it may be a cast of."""
+    """Finds the leaves that share a value's memory or, if none does, that it may be a cast of."""
     tensors = [(path, leaf) for path, leaf in leaves(call) if isinstance(leaf, Tensor)]
     for holds in (same_memory, same_cast):
         if found := [path for path, leaf in tensors if holds(leaf, value)]:
@@ -161,8 +161,9 @@ def fit(site: str, value: Tensor, leaf: Tensor | None, name: str) -> Tensor:
         return value
     if leaf.numel() != value.numel():
         raise ValueError(
-            f"The model dreams site '{site}' with shape {tuple(value.shape)}, which does not fit the argument "
-            f"'{name}' with shape {tuple(leaf.shape)}. Let the model draw as much as it observes (check its plates "
-            "and event dimensions), or pass bind=, a function (trace, args, kwargs) -> (args, kwargs)."
+            f"The model dreams site '{site}' with shape {tuple(value.shape)}, which does not fit "
+            f"the argument '{name}' with shape {tuple(leaf.shape)}. Let the model draw as much as "
+            "it observes (check its plates and event dimensions), or pass bind=, a function "
+            "(trace, args, kwargs) -> (args, kwargs)."
         )
     return value.to(leaf.dtype).reshape(leaf.shape)

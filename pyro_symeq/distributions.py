@@ -1,7 +1,8 @@
 r"""Distributions that can be sampled and have no density.
 
-Symmetric learning only draws from a prior that has no parameters, and never differentiates or evaluates it.
-So :math:`p(z)` may be a simulator, another trained generator or a box of stored codes.
+Symmetric learning only draws from a prior that has no parameters, and never differentiates or
+evaluates it. So :math:`p(z)` may be a simulator, another trained generator or a box of stored
+codes.
 """
 
 from collections.abc import Callable
@@ -19,25 +20,27 @@ Shape = torch.Size | list[int] | tuple[int, ...]
 class Implicit(TorchDistribution):
     r"""A distribution given by a sampler alone.
 
-    It stands where nothing is to be learned about the density: at a latent site of the model whose law has no
-    parameters. There it adds nothing to :math:`\log p_\theta(x, z)`, which loses only a constant in
-    :math:`\theta`. At a site of the guide, or at a data site, a density is needed and the utilities refuse it.
+    It stands where nothing is to be learned about the density: at a latent site of the model whose
+    law has no parameters. There it adds nothing to :math:`\log p_\theta(x, z)`, which loses only a
+    constant in :math:`\theta`. At a site of the guide, or at a data site, a density is needed and
+    the utilities refuse it.
 
     Args:
-        sampler: Takes a ``torch.Size`` and returns that many independent draws, as a tensor with shape
-            :math:`(*shape, *event\_shape)`.
+        sampler: Takes a ``torch.Size`` and returns that many independent draws, as a tensor with
+            shape :math:`(*shape, *event\_shape)`.
         event_shape: The shape of a single draw.
         batch_shape: The shape of a batch of independent draws.
         support: Where the draws lie.
 
     References:
-        Symmetric Equilibrium Learning of VAEs (Flach, Schlesinger, Shekhovtsov, 2024), section 3 after eq. 8.
-        https://arxiv.org/abs/2307.09883
+        Symmetric Equilibrium Learning of VAEs (Flach, Schlesinger, Shekhovtsov, 2024), section 3
+        after eq. 8. https://arxiv.org/abs/2307.09883
 
     Example:
         >>> codes = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
-        >>> prior = Implicit(lambda shape: codes[torch.randint(len(codes), shape)], event_shape=(2,))
-        >>> prior.sample((5,)).shape
+        >>> def stored(shape):
+        ...     return codes[torch.randint(len(codes), shape)]
+        >>> Implicit(stored, event_shape=(2,)).sample((5,)).shape
         torch.Size([5, 2])
     """
 
@@ -102,8 +105,9 @@ class Implicit(TorchDistribution):
         draws = self.sampler(shape)
         if draws.shape != shape + self.event_shape:
             raise ValueError(
-                f"Expected the sampler of Implicit to return shape {tuple(shape + self.event_shape)} when asked for "
-                f"{tuple(shape)} draws with event_shape {tuple(self.event_shape)}, got {tuple(draws.shape)}."
+                "Expected the sampler of Implicit to return shape "
+                f"{tuple(shape + self.event_shape)} when asked for {tuple(shape)} draws with "
+                f"event_shape {tuple(self.event_shape)}, got {tuple(draws.shape)}."
             )
         return draws
 
@@ -114,6 +118,7 @@ class Implicit(TorchDistribution):
             NotImplementedError: Always.
         """
         raise NotImplementedError(
-            "An Implicit distribution can be sampled and has no density. It may stand at a latent site of the model "
-            "whose law has no parameters; elsewhere use a distribution with log_prob."
+            "An Implicit distribution can be sampled and has no density. It may stand at a "
+            "latent site of the model whose law has no parameters; elsewhere use a distribution "
+            "with log_prob."
         )

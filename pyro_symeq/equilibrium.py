@@ -137,7 +137,7 @@ class _Player:
             )
 
     def load_state_dict(self, state: State) -> None:
-        """Sets the parameters that are known, and keeps the rest for when the programs touch them."""
+        """Sets known parameters, and keeps the rest for when the programs touch them."""
         self.resumed = True
         self.pending = copy.deepcopy({key: dict(state[key]) for key in self.pending})
         for name in self.parameters:
@@ -186,7 +186,7 @@ class SymmetricEquilibrium:
     Args:
         model: The decoder's program, :math:`p_\theta(x, z)`.
         guide: The encoder's program, :math:`q_\varphi(z \mid x)`; it takes the model's arguments.
-        optim: A ``PyroOptim`` for both players, or a pair of them: the decoder's and the encoder's.
+        optim: A ``PyroOptim`` for both players, or a pair: the decoder's and the encoder's.
         loss: A :class:`SymmetricUtility`; any other loss is ignored with a warning.
         bind: How dreams are handed to the guide, see :class:`SymmetricUtility`.
         supervise_encoder: Whether observed latents train the encoder too (eq. 11 against eq. 16).
@@ -202,8 +202,8 @@ class SymmetricEquilibrium:
         ValueError: An option has a value that it can't have.
 
     References:
-        Symmetric Equilibrium Learning of VAEs (Flach, Schlesinger, Shekhovtsov, 2024), eqs. 5 to 8.
-        https://arxiv.org/abs/2307.09883
+        Symmetric Equilibrium Learning of VAEs (Flach, Schlesinger, Shekhovtsov, 2024), eqs. 5
+        to 8. https://arxiv.org/abs/2307.09883
 
     Example:
         >>> encoder = torch.nn.Linear(4, 2)
@@ -345,7 +345,8 @@ class SymmetricEquilibrium:
         if not isinstance(state, Mapping) or state.keys() != keys:
             got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(
-                f"Expected a state of SymmetricEquilibrium with the keys {sorted(keys)}, got {got}."
+                f"Expected a state of SymmetricEquilibrium with the keys {sorted(keys)}, "
+                f"got {got}."
             )
         players = (self._decoder, self._encoder)
         for player in players:
@@ -408,7 +409,8 @@ def _pair_of_optims(optim: Any) -> tuple[PyroOptim, PyroOptim]:
     ):
         raise TypeError(
             "Expected optim to be a pyro.optim.PyroOptim or a pair of them (decoder, encoder), "
-            f"got {optim!r}. For torch optimisers, use the module SymmetricUtility()(model, guide)."
+            f"got {optim!r}. For torch optimisers, use the module SymmetricUtility()(model, "
+            "guide)."
         )
     return pair[0], pair[1]
 
@@ -427,8 +429,9 @@ def _check_learnable(players: tuple[_Player, ...], scores: list[Score]) -> None:
         shapes = [tuple(leaf.shape) for leaf in score.unnamed]
         problem = (
             f"The {player.name}'s program uses parameters that no statement names, with shapes "
-            f"{shapes}. Register their networks with pyro.module or as attributes of a PyroModule; if "
-            "they are, other parameters of that name are in the way: pyro.clear_param_store()."
+            f"{shapes}. Register their networks with pyro.module or as attributes of a "
+            "PyroModule; if they are, other parameters of that name are in the way: "
+            "pyro.clear_param_store()."
         )
         if not score.parameters:
             raise ValueError(f"There is nothing to learn for the {player.name}. {problem}")

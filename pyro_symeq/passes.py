@@ -1,13 +1,14 @@
 r"""The wake and the sleep pass over a pair of programs.
 
-In the wake pass the guide completes the data and the model is scored, in the sleep pass the model dreams and the guide
-is scored:
+In the wake pass the guide completes the data and the model is scored, in the sleep pass the model
+dreams and the guide is scored:
 
 .. math::
     z \sim q_\varphi(z \mid x),\ \log p_\theta(x, z) \qquad\text{and}\qquad
     (x, z) \sim p_\theta(x, z),\ \log q_\varphi(z \mid x).
 
-Both are a run of one program without a graph, whose draws are data to the run of the other that is scored.
+Both are a run of one program without a graph, whose draws are data to the run of the other that is
+scored.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -87,7 +88,7 @@ def run(program: Program, call: Call, *handlers: Messenger) -> Trace:
 
 
 def dream(model: Program, call: Call) -> tuple[Trace, dict[str, Tensor]]:
-    r"""Draws :math:`(x, z) \sim p_\theta(x, z)` without a graph; tells what the arguments observed instead."""
+    r"""Draws :math:`(x, z) \sim p_\theta(x, z)` without a graph; also tells what was observed."""
     imagination = imagine()
     with torch.no_grad():
         trace = run(model, call, imagination)
@@ -95,7 +96,7 @@ def dream(model: Program, call: Call) -> tuple[Trace, dict[str, Tensor]]:
 
 
 def fill_in(program: Program, call: Call, given: Mapping[str, Tensor]) -> Trace:
-    """Runs a program with drawn values at its unobserved sites, except for those that are given."""
+    """Runs a program with drawn values at its unobserved sites, except where they are given."""
     return run(program, call, complete({}), clamp(given))
 
 
@@ -123,7 +124,7 @@ def observations(trace: Trace) -> dict[str, Tensor]:
 
 
 def sample_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
-    """The sites of a trace that are random variables: no plates, factors or deterministic sites."""
+    """The random variables of a trace: no plates, factors or deterministic sites."""
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and not (site_is_subsample(site) or _is_computed(site)):
             yield name, site
@@ -139,12 +140,12 @@ def parameters(trace: Trace) -> dict[str, Tensor]:
 
 
 def unconstrained(value: Tensor) -> Tensor:
-    """The leaf behind the value of a parameter statement; a module's own parameter is its own leaf."""
+    """The leaf behind the value of a parameter statement; a module's parameter is its own."""
     return value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
 def log_probs(trace: Trace, names: Iterable[str]) -> dict[str, Tensor]:
-    """Sums the log-probability (nats) at each named site, scaled and masked as Pyro does in its ELBO."""
+    """Sums the log-probability (nats) at each named site, scaled and masked as in Pyro's ELBO."""
     scores = {}
     for name in names:
         site: Site = trace.nodes[name]

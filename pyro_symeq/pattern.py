@@ -1,4 +1,4 @@
-r"""Patterns of observation: which sites a kind of batch observes, and how its arguments hold them."""
+"""Patterns of observation: which sites a batch observes, and which arguments hold them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -13,7 +13,8 @@ def get_state() -> State:
     """Reads the generators of torch (on every device in use), numpy and Python.
 
     Returns:
-        Tensors, numbers and containers only, so that ``torch.load`` reads it with ``weights_only=True``.
+        Tensors, numbers and containers only, so that ``torch.load`` reads it with
+        ``weights_only=True``.
     """
     kind, keys, *rest = cast(Any, np.random.get_state())
     return {

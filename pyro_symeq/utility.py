@@ -1,11 +1,14 @@
 r"""The utilities of the two players, from traces of their programs.
 
-Each player maximises the likelihood of the training data under its own program :math:`p_\theta(x, z)` or
-:math:`q_\varphi(z \mid x)`; what an example lacks, the other player fills in. For data :math:`x \sim \pi(x)`,
+Each player maximises the likelihood of the training data under its own program, which is
+:math:`p_\theta(x, z)` or :math:`q_\varphi(z \mid x)`; what an example lacks, the other player
+fills in. For data :math:`x \sim \pi(x)`,
 
 .. math::
-    L_p(\theta, \varphi) &= \mathbb{E}_{\pi(x)} \mathbb{E}_{q_\varphi(z \mid x)} [\log p_\theta(x, z)], \\
-    L_q(\theta, \varphi) &= \mathbb{E}_{p_\theta(x, z)} [\log q_\varphi(z \mid x)].
+    L_p(\theta, \varphi)
+        &= \mathbb{E}_{\pi(x)} \mathbb{E}_{q_\varphi(z \mid x)} [\log p_\theta(x, z)], \\
+    L_q(\theta, \varphi)
+        &= \mathbb{E}_{p_\theta(x, z)} [\log q_\varphi(z \mid x)].
 
 The decoder moves :math:`\theta` and the encoder :math:`\varphi` only.
 """
@@ -32,8 +35,9 @@ Observed = dict[str, Tensor]
 T = TypeVar("T")
 
 NOTHING_TO_LEARN = (
-    "There is nothing to learn: neither the model nor the guide touches a parameter. Declare parameters with "
-    "pyro.param, or register networks with pyro.module or as attributes of a PyroModule."
+    "There is nothing to learn: neither the model nor the guide touches a parameter. Declare "
+    "parameters with pyro.param, or register networks with pyro.module or as attributes of a "
+    "PyroModule."
 )
 
 
@@ -113,8 +117,9 @@ class Pair:
             call: The arguments of both programs.
 
         Returns:
-            :math:`\log p_\theta(x, z)` with :math:`z \sim q_\varphi(z \mid x)`, where observed latents keep their
-            values. Missing data are left out: with latents alone, :math:`\log p_\theta(z)`.
+            :math:`\log p_\theta(x, z)` with :math:`z \sim q_\varphi(z \mid x)`, where observed
+            latents keep their values. Missing data are left out: with latents alone,
+            :math:`\log p_\theta(z)`.
         """
         return self._play(self._decoder, call)
 
@@ -132,11 +137,11 @@ class Pair:
         return self._play(self._encoder, call)
 
     def wake(self, call: Call) -> tuple[Trace, Trace]:
-        """Traces the guide at the data, without a graph, and the model at the data so completed."""
+        """Traces the guide at the data, without a graph, and the model at them so completed."""
         return self._play(self._wake, call)
 
     def _play(self, play: Callable[[Pattern, Call], tuple[T, Observed]], call: Call) -> T:
-        """Plays with the pattern known for such calls; finds it first, and anew where the batch observes otherwise."""
+        """Plays with the pattern that such calls have, and looks again where it does not fit."""
         key = layout(call)
         if (pattern := self._patterns.get(key)) is not None:
             result, observed = play(pattern, call)
@@ -146,13 +151,14 @@ class Pair:
         result, observed = play(pattern, call)
         if not pattern.fits(observed, call):
             raise ValueError(
-                f"The model observed {sorted(observed)} in one run and {sorted(pattern.observed)} in another with the "
-                "same arguments. Let the arguments decide which sites are observed."
+                f"The model observed {sorted(observed)} in one run and {sorted(pattern.observed)} "
+                "in another with the same arguments. Let the arguments decide which sites are "
+                "observed."
             )
         return result
 
     def _rehearse(self, call: Call) -> Pattern:
-        """Finds the pattern of a call and tries both players, so that what fails does so before anything moves."""
+        """Finds the pattern of a call, and tries both players before anything moves."""
         pattern = rehearse(self.model, self.guide, call, self.bind)
         with aside():
             self._decoder(pattern, call)
@@ -190,7 +196,7 @@ class Pair:
         return (completion, trace), passes.observations(trace)
 
     def _given(self, pattern: Pattern, call: Call) -> Observed:
-        """The observed latents; the model is run to read them only where no argument holds them."""
+        """The observed latents; the model is run to read those that no argument holds."""
         if pattern.latents <= pattern.arguments.keys():
             return pattern.given(call)
         with aside():
@@ -205,7 +211,7 @@ class Pair:
         return trace, passes.observations(trace)
 
     def _score(self, player: Player, *scored: tuple[Trace, list[str]]) -> Score:
-        """Sums the log-probabilities at sites of a player's program, and finds the parameters that are its own."""
+        """Sums the log-probabilities at sites of a player's program; finds its own parameters."""
         log_probs = [
             (name, log_prob)
             for trace, names in scored
@@ -216,7 +222,7 @@ class Pair:
         parameters: dict[str, Tensor] = {}
         for trace, _ in scored:
             parameters |= passes.parameters(trace)
-        unnamed = self._unnamed(utility, parameters, scored[0][0])
+        unnamed = self._unnamed(player, utility, parameters, scored[0][0])
         if player == "decoder":
             self._of_decoder.update(parameters.values(), unnamed)
         else:
@@ -225,13 +231,13 @@ class Pair:
         return Score(utility, parameters, unnamed)
 
     def _unnamed(
-        self, utility: Tensor, parameters: dict[str, Tensor], trace: Trace
+        self, player: Player, utility: Tensor, parameters: dict[str, Tensor], trace: Trace
     ) -> list[Tensor]:
         """Finds the leaves behind a utility that no parameter statement names.
 
         The graph is searched once for each set of sites, and always where there are such leaves.
         """
-        sites = tuple(trace.nodes)
+        sites = (player, *trace.nodes)
         if not utility.requires_grad or not self._uses_unnamed.get(sites, True):
             return []
         named = set(parameters.values())
@@ -244,8 +250,9 @@ def _refuse_infinite(player: Player, utility: Tensor, log_probs: list[tuple[str,
     if not torch.isfinite(utility):
         sites = {name: value.item() for name, value in log_probs if not torch.isfinite(value)}
         raise ValueError(
-            f"Expected a finite utility of the {player}, got these log-probabilities (nats): {sites}. Look for NaN in "
-            "the data, for values outside the support of these sites, and for a learning rate that is too large."
+            f"Expected a finite utility of the {player}, got these log-probabilities (nats): "
+            f"{sites}. Look for NaN in the data, for values outside the support of these sites, "
+            "and for a learning rate that is too large."
         )
 
 
@@ -280,29 +287,34 @@ class _Attach(torch.autograd.Function):
 class SymmetricUtility(ELBO):
     r"""The objective of symmetric equilibrium learning, in the shape of a Pyro ELBO.
 
-    With data :math:`x`, and latents :math:`y` that some batches observe, a draw of the utilities is
+    With data :math:`x`, and latents :math:`y` that some batches observe, a draw of the utilities
+    is
 
     .. math::
         L_p &= \log p_\theta(x, y, z), \quad z \sim q_\varphi(z \mid x, y), \\
-        L_q &= \log q_\varphi(z' , y' \mid x') + \log q_\varphi(y \mid x), \quad (x', y', z') \sim p_\theta,
+        L_q &= \log q_\varphi(z', y' \mid x') + \log q_\varphi(y \mid x),
+            \quad (x', y', z') \sim p_\theta,
 
-    summed over the batch, scaled and masked as Pyro does (nats). The loss is :math:`-(L_p + L_q)`; its gradient is
-    exactly :math:`(-\nabla_\theta L_p, -\nabla_\varphi L_q)`, even where the guide uses the decoder's parameters:
-    what the model touches belongs to the decoder, and the rest of what the guide touches to the encoder.
+    summed over the batch, scaled and masked as Pyro does (nats). The loss is :math:`-(L_p + L_q)`;
+    its gradient is exactly :math:`(-\nabla_\theta L_p, -\nabla_\varphi L_q)`, even where the guide
+    uses the decoder's parameters: what the model touches belongs to the decoder, and the rest of
+    what the guide touches to the encoder.
 
-    It works as ``SVI(model, guide, optim, loss=SymmetricUtility())``, where both players move at once, and
-    ``SymmetricUtility()(model, guide)`` is an ``nn.Module`` whose output is the loss, for torch optimisers.
+    It works as ``SVI(model, guide, optim, loss=SymmetricUtility())``, where both players move at
+    once, and ``SymmetricUtility()(model, guide)`` is an ``nn.Module`` whose output is the loss,
+    for torch optimisers.
 
     Args:
-        bind: Which argument holds the value of which observed site, where that can't be found out: a dict
-            ``{argument: site}``, with dots for what is nested (``"batch.image"``), or a function
-            ``(trace, args, kwargs) -> (args, kwargs)`` that puts the values of a dream into the arguments.
-        supervise_encoder: Whether latents that a batch observes train the encoder too (eq. 11); if not, it learns
-            from dreams alone (eq. 16).
+        bind: Which argument holds the value of which observed site, where that can't be found
+            out: a dict ``{argument: site}``, with dots for what is nested (``"batch.image"``), or
+            a function ``(trace, args, kwargs) -> (args, kwargs)`` that puts the values of a dream
+            into the arguments.
+        supervise_encoder: Whether latents that a batch observes train the encoder too (eq. 11); if
+            not, it learns from dreams alone (eq. 16).
 
     References:
-        Symmetric Equilibrium Learning of VAEs (Flach, Schlesinger, Shekhovtsov, 2024), eqs. 5, 8, 11 and 16.
-        https://arxiv.org/abs/2307.09883
+        Symmetric Equilibrium Learning of VAEs (Flach, Schlesinger, Shekhovtsov, 2024), eqs. 5, 8,
+        11 and 16. https://arxiv.org/abs/2307.09883
 
     Example:
         >>> def model(x):
@@ -322,8 +334,8 @@ class SymmetricUtility(ELBO):
     def __init__(self, *, bind: Bind | None = None, supervise_encoder: bool = True) -> None:
         if not (bind is None or callable(bind) or isinstance(bind, Mapping)):
             raise TypeError(
-                "Expected bind to be a dict {argument: site} or a function (trace, args, kwargs) -> (args, kwargs), "
-                f"got {type(bind).__name__}."
+                "Expected bind to be a dict {argument: site} or a function "
+                f"(trace, args, kwargs) -> (args, kwargs), got {type(bind).__name__}."
             )
         super().__init__()
         self.bind = bind
@@ -346,7 +358,7 @@ class SymmetricUtility(ELBO):
     def loss_and_grads(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> SymmetricLoss:
-        r"""Estimates the loss, and adds each player's gradient to the ``grad`` of its own parameters."""
+        r"""Estimates the loss, and adds to the ``grad`` of each player's own parameters."""
         utilities, gradients = self._gradients(model, guide, (args, kwargs))
         for leaf, gradient in gradients.items():
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
@@ -355,7 +367,7 @@ class SymmetricUtility(ELBO):
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
-        r"""Estimates the loss as a scalar tensor with each player's gradient in its own parameters."""
+        r"""Estimates the loss as a tensor with each player's gradient in its own parameters."""
         if not torch.is_grad_enabled():
             pair = self.pair(model, guide)
             return -(pair.decoder((args, kwargs)).utility + pair.encoder((args, kwargs)).utility)

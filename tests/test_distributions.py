@@ -111,7 +111,7 @@ def test_decoder_gradient_is_the_same_draw_by_draw():
 
 @pytest.mark.slow
 def test_a_pair_learns_with_a_prior_that_can_only_be_sampled(device):
-    """Data x = A z + noise: pushed away from A, the decoder comes back to their mean and spread."""
+    """Data x = A z + noise: pushed away from A, the decoder comes back."""
     matrix = torch.randn(2, 3)
     x = (EXPLICIT.sample((4_000,)) @ matrix + 0.3 * torch.randn(4_000, 3)).to(device)
     prior = Implicit(lambda shape: mixture(shape).to(device), event_shape=(2,))
