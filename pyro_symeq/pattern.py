@@ -60,6 +60,21 @@ class Pattern:
             if name in observed
         )
 
+    def check_finite(self, call: Call) -> None:
+        """Checks the observed values.
+
+        Raises:
+            ValueError: Some are NaN or infinite.
+        """
+        for name, path in self.arguments.items():
+            bad = (~torch.isfinite(get(call, path))).sum().item()
+            if bad:
+                raise ValueError(
+                    f"The observed value of site '{name}' is not finite: {bad} elements of the "
+                    f"argument '{self.names(path)}' are NaN or infinite. Clean the data, or mask "
+                    "what is missing."
+                )
+
     def hand_over(self, dream: Trace, call: Call) -> Call:
         """Puts dreamed values in the place of the observed ones, in copies of the containers.
 

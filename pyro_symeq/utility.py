@@ -189,8 +189,12 @@ class Pair:
     def _wake(self, pattern: Pattern, call: Call) -> tuple[tuple[Trace, Trace], Observed]:
         completion = Trace()
         if not pattern.is_complete:
-            with torch.no_grad():
-                completion = passes.fill_in(self.guide, call, self._given(pattern, call))
+            try:
+                with torch.no_grad():
+                    completion = passes.fill_in(self.guide, call, self._given(pattern, call))
+            except ValueError:
+                pattern.check_finite(call)
+                raise
         trace = passes.replay(self.model, call, completion)
         pattern.check_completed(trace, completion)
         return (completion, trace), passes.observations(trace)

@@ -164,6 +164,13 @@ def test_data_that_are_not_finite(value, warm):
 
 
 @pytest.mark.parametrize("warm", [False, True])
+def test_data_that_the_guide_cannot_take(warm):
+    bad = X.clone()
+    bad[1] = float("nan")
+    refuse(Pair(), "value of site 'x' is not finite: 2 elements of the argument 'x'", bad, warm)
+
+
+@pytest.mark.parametrize("warm", [False, True])
 def test_data_outside_the_support(warm):
     pair = Pair()
     pair.posterior = lambda x: dist.Normal(pair.encoder(x.nan_to_num()), 1.0).to_event(1)

@@ -116,6 +116,22 @@ def test_mean_gradient_is_the_enumerated_one(route, pattern):
     assert_unbiased(ROUTES[route](ladder), ladder, PATTERNS[pattern])
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_routes_agree_bit_for_bit(pattern):
+    ladder = Ladder()
+    seen = {}
+    for route in ("step, simultaneous", "SVI", "module", "PyroModule"):
+        pyro.clear_param_store()
+        draw = ROUTES[route](ladder)
+        draw(**PATTERNS[pattern])
+        pyro.set_rng_seed(1)
+        seen[route] = draw(**PATTERNS[pattern])
+    first, *others = seen.values()
+    for other in others:
+        assert first.keys() == other.keys()
+        assert all(torch.equal(first[leaf], other[leaf]) for leaf in first)
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_unsupervised_encoder_learns_from_dreams_alone(route):
     ladder = Ladder()
