@@ -11,10 +11,9 @@ and each player climbs its own utility towards it: :math:`\theta` along :math:`\
 :math:`\varphi` along :math:`\nabla_\varphi L_q`.
 """
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -22,158 +21,15 @@ import torch
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.optim import PyroOptim
-from torch import Tensor
 
 from pyro_symeq import randomness
 from pyro_symeq.binding import Call, Program
+from pyro_symeq.pair import NOTHING_TO_LEARN, Score
+from pyro_symeq.player import Player, State
 from pyro_symeq.rehearsal import Bind, aside
-from pyro_symeq.utility import NOTHING_TO_LEARN, Score, SymmetricLoss, SymmetricUtility
+from pyro_symeq.utility import SymmetricLoss, SymmetricUtility
 
 __all__ = ["SymmetricEquilibrium"]
-
-State = dict[str, Any]
-
-
-class _Player:
-    """A program's parameters, and the optimiser that moves them.
-
-    Args:
-        name: ``decoder`` or ``encoder``.
-        play: Scores the program at a call.
-        optim: The optimiser, which may be the other player's too.
-    """
-
-    def __init__(self, name: str, play: Callable[[Call], Score], optim: PyroOptim) -> None:
-        self.name = name
-        self.play = play
-        self.optim = optim
-        self.parameters: dict[str, Tensor] = {}
-        self.pending: State = {"parameters": {}, "optim": {}}
-        self.resumed = False
-
-    def score(self, call: Call) -> Score:
-        """Scores the program, once more if that brought up parameters whose values were loaded."""
-        score = self.play(call)
-        return self.play(call) if self.adopt(score.parameters) else score
-
-    def adopt(self, parameters: Mapping[str, Tensor]) -> bool:
-        """Takes note of parameters; new ones get the loaded values that wait for their names.
-
-        Returns:
-            Whether any value was set.
-        """
-        new = {name: leaf for name, leaf in parameters.items() if name not in self.parameters}
-        self.parameters.update(parameters)
-        waiting = [name for name in new if name in self.pending["parameters"]]
-        if self.resumed and len(waiting) < len(new):
-            warnings.warn(
-                f"The loaded state has no values for these parameters of the {self.name}, which "
-                f"keep their initial ones: {sorted(new.keys() - set(waiting))}.",
-                stacklevel=2,
-            )
-        for name in waiting:
-            self._set(name, self.pending["parameters"].pop(name), self.pending["optim"])
-        return bool(waiting)
-
-    def move(self, parameters: Mapping[str, Tensor], gradients: list[Tensor | None]) -> None:
-        """Lets the optimiser take a step along the gradients of the negative utility."""
-        leaves = list(parameters.values())
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.grad = gradient
-        self.optim(leaves)
-        for leaf in leaves:
-            leaf.grad = None
-
-    @contextmanager
-    def undone_on_error(self) -> Iterator[None]:
-        """Takes moves back when an error follows."""
-        before = {
-            leaf: (leaf.detach().clone(), self._moments(leaf)) for leaf in self.parameters.values()
-        }
-        try:
-            yield
-        except Exception:
-            for leaf, (value, moments) in before.items():
-                leaf.detach().copy_(value)
-                if moments is None:
-                    self.optim.optim_objs.pop(leaf, None)
-                else:
-                    _torch_optimizer(self.optim.optim_objs[leaf]).state[leaf] = moments
-            raise
-
-    def _moments(self, leaf: Tensor) -> State | None:
-        if leaf not in self.optim.optim_objs:
-            return None
-        state = _torch_optimizer(self.optim.optim_objs[leaf]).state[leaf]
-        return {
-            key: value.clone() if isinstance(value, Tensor) else value
-            for key, value in state.items()
-        }
-
-    def state_dict(self) -> State:
-        """Copies the parameters (unconstrained) and the optimiser's state, by parameter name."""
-        optimizers = self.optim.optim_objs
-        state = {
-            "parameters": {name: leaf.detach() for name, leaf in self.parameters.items()},
-            "optim": {
-                name: _optimizer_state(optimizers[leaf])
-                for name, leaf in self.parameters.items()
-                if leaf in optimizers
-            },
-        }
-        return copy.deepcopy({key: state[key] | self.pending[key] for key in state})
-
-    def check(self, state: State) -> None:
-        """Compares the parameters with those of a state."""
-        expected = {name: tuple(leaf.shape) for name, leaf in self.parameters.items()}
-        got = {name: tuple(value.shape) for name, value in state["parameters"].items()}
-        differing = sorted(n for n in expected if got.get(n) != expected[n])
-        if differing:
-            raise ValueError(
-                f"The state doesn't fit the parameters of the {self.name}. Expected "
-                f"{ {n: expected[n] for n in differing} }, got "
-                f"{ {n: got.get(n, 'nothing') for n in differing} }. Load a state of the same "
-                "programs."
-            )
-
-    def load_state_dict(self, state: State) -> None:
-        """Sets known parameters, and keeps the rest for when the programs touch them."""
-        self.resumed = True
-        self.pending = copy.deepcopy({key: dict(state[key]) for key in self.pending})
-        for name in self.parameters:
-            self._set(name, self.pending["parameters"].pop(name), self.pending["optim"])
-
-    def _set(self, name: str, value: Tensor, optimizers: State) -> None:
-        leaf = self.parameters[name]
-        if leaf.shape != value.shape:
-            raise ValueError(
-                f"The loaded value of parameter '{name}' of the {self.name} has shape "
-                f"{tuple(value.shape)}; expected {tuple(leaf.shape)}."
-            )
-        with torch.no_grad():
-            leaf.copy_(value)
-        self.optim.optim_objs.pop(leaf, None)
-        if name in optimizers:
-            leaf.grad = None
-            self.optim([leaf])  # without a gradient, only creates the optimiser
-            _load_optimizer_state(self.optim.optim_objs[leaf], optimizers.pop(name))
-
-
-def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """What a PyroOptim holds for a parameter, without the scheduler that may be around it."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
-def _optimizer_state(optimizer: Any) -> State:
-    inner = _torch_optimizer(optimizer)
-    state = {"optimizer": inner.state_dict()}
-    return state if inner is optimizer else state | {"scheduler": optimizer.state_dict()}
-
-
-def _load_optimizer_state(optimizer: Any, state: State) -> None:
-    _torch_optimizer(optimizer).load_state_dict(state["optimizer"])
-    if "scheduler" in state:
-        optimizer.load_state_dict(state["scheduler"])
 
 
 class SymmetricEquilibrium:
@@ -253,9 +109,10 @@ class SymmetricEquilibrium:
         self.num_steps = 0
         pair = self.utility.pair(model, guide)
         optims = _pair_of_optims(optim)
-        self._decoder = _Player("decoder", pair.decoder, optims[0])
-        self._encoder = _Player("encoder", pair.encoder, optims[1])
-        self._is_prepared = False
+        self._decoder = Player("decoder", pair.decoder, optims[0])
+        self._encoder = Player("encoder", pair.encoder, optims[1])
+        self._players = (self._decoder, self._encoder)
+        self._is_learnable = False
 
     def __repr__(self) -> str:
         return (
@@ -264,6 +121,7 @@ class SymmetricEquilibrium:
             f"num_steps={self.num_steps})"
         )
 
+    @torch.enable_grad()
     def step(self, *args: Any, **kwargs: Any) -> SymmetricLoss:
         r"""Moves both players, as the schedule says.
 
@@ -280,7 +138,8 @@ class SymmetricEquilibrium:
                 has moved then; with Pyro's validation off, the decoder may have.
         """
         call = (args, kwargs)
-        self._prepare(call)
+        self._set_loaded(call)
+        self._check_learnable(call)
         utilities = {}
         rounds = list(self._schedule())
         with ExitStack() as stack:
@@ -310,7 +169,7 @@ class SymmetricEquilibrium:
             A float with the utilities ``.decoder`` and ``.encoder``.
         """
         with torch.no_grad():
-            self._prepare((args, kwargs))
+            self._set_loaded((args, kwargs))
         return self.utility.loss(self.model, self.guide, *args, **kwargs)
 
     def state_dict(self) -> State:
@@ -348,15 +207,14 @@ class SymmetricEquilibrium:
                 f"Expected a state of SymmetricEquilibrium with the keys {sorted(keys)}, "
                 f"got {got}."
             )
-        players = (self._decoder, self._encoder)
-        for player in players:
+        for player in self._players:
             player.check(state[player.name])
-        for player in players:
+        for player in self._players:
             player.load_state_dict(state[player.name])
         self.num_steps = state["num_steps"]
         randomness.set_state(state["random"])
 
-    def _schedule(self) -> Iterator[tuple[_Player, ...]]:
+    def _schedule(self) -> Iterator[tuple[Player, ...]]:
         """Yields, in turn, the players that move from the same point."""
         warming_up = self.num_steps < self.encoder_warmup
         decoder = [self._decoder] * (0 if warming_up else self.decoder_steps)
@@ -367,19 +225,19 @@ class SymmetricEquilibrium:
             for players in zip_longest(decoder, encoder):
                 yield tuple(player for player in players if player is not None)
 
-    def _prepare(self, call: Call) -> None:
-        """Tries both players on the side, so that loaded values are set and errors come first."""
-        players = (self._decoder, self._encoder)
-        while not self._is_prepared or any(player.pending["parameters"] for player in players):
+    def _set_loaded(self, call: Call) -> None:
+        """Sets the loaded parameters that the programs touch in this call, before it is played."""
+        found = True
+        while found and any(player.pending["parameters"] for player in self._players):
             with aside():
-                scores = [player.play(call) for player in players]
-            if torch.is_grad_enabled():
-                _check_learnable(players, scores)
-                self._is_prepared = True
-            touched = [score.parameters for score in scores]
-            adopted = [p.adopt(named) for p, named in zip(players, touched, strict=True)]
-            if not any(adopted):
-                return
+                found = any([p.adopt(p.play(call).parameters) for p in self._players])
+
+    def _check_learnable(self, call: Call) -> None:
+        """Checks once, on the side, that both players can move."""
+        if not self._is_learnable:
+            with aside():
+                _check_learnable(self._players, [player.score(call) for player in self._players])
+            self._is_learnable = True
 
 
 def _utility(loss: Any, bind: Bind | None, supervise_encoder: bool) -> SymmetricUtility:
@@ -422,8 +280,13 @@ def _check_count(name: str, value: int, at_least: int) -> None:
         )
 
 
-def _check_learnable(players: tuple[_Player, ...], scores: list[Score]) -> None:
+def _check_learnable(players: tuple[Player, ...], scores: list[Score]) -> None:
     for player, score in zip(players, scores, strict=True):
+        if score.parameters and not score.utility.requires_grad:
+            raise ValueError(
+                f"The utility of the {player.name} doesn't depend on its parameters "
+                f"{sorted(score.parameters)}. Is its program run without gradients?"
+            )
         if not score.unnamed:
             continue
         shapes = [tuple(leaf.shape) for leaf in score.unnamed]

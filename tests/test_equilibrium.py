@@ -191,6 +191,16 @@ def test_no_program_runs_more_often_than_it_must():
     assert runs == ["guide", "model", "model", "guide"]
 
 
+def test_a_step_trains_even_where_gradients_are_off():
+    ladder = Ladder()
+    symeq = SymmetricEquilibrium(ladder.model, ladder.guide, Adam({"lr": 0.1}))
+    before = clone([*ladder.theta, *ladder.phi])
+    with torch.no_grad():
+        symeq.step(X)
+    pairs = zip([*ladder.theta, *ladder.phi], before, strict=True)
+    assert not any(torch.equal(leaf, value) for leaf, value in pairs)
+
+
 def test_evaluating_moves_nothing():
     ladder = Ladder()
     symeq = SymmetricEquilibrium(ladder.model, ladder.guide, Adam({"lr": 0.1}))
@@ -295,6 +305,7 @@ def test_parameters_that_a_state_lacks_are_named():
     ("spoil", "message"),
     [
         (lambda state: state.pop("random"), "Expected a state of SymmetricEquilibrium"),
+        (lambda state: state["encoder"].pop("optim"), "state of the encoder to have the keys"),
         (lambda state: state["decoder"]["parameters"].pop("d1$$$bias"), "d1\\$\\$\\$bias"),
         (
             lambda state: state["encoder"]["parameters"].update({"e0$$$bias": torch.zeros(7)}),

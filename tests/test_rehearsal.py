@@ -242,6 +242,13 @@ def test_networks_that_were_not_registered():
     refuse(pair, r"nothing to learn for the encoder.*\(1, 2\).*Register their networks")
 
 
+def test_a_guide_that_shuts_gradients_out():
+    pair = Pair()
+    guide = pair.guide
+    pair.guide = lambda x: torch.no_grad()(guide)(x)
+    refuse(pair, "utility of the encoder doesn't depend on its parameters.*encoder")
+
+
 def test_model_without_data():
     pair = Pair()
 

@@ -1,0 +1,167 @@
+"""A player of the game: what it may move, and the optimiser that moves it."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+
+from pyro_symeq.binding import Call
+from pyro_symeq.pair import Score
+
+State = dict[str, Any]
+
+
+class Player:
+    """A program's parameters, and the optimiser that moves them.
+
+    Args:
+        name: ``decoder`` or ``encoder``.
+        play: Scores the program at a call.
+        optim: The optimiser, which may be the other player's too.
+    """
+
+    def __init__(self, name: str, play: Callable[[Call], Score], optim: PyroOptim) -> None:
+        self.name = name
+        self.play = play
+        self.optim = optim
+        self.parameters: dict[str, Tensor] = {}
+        self.pending: State = {"parameters": {}, "optim": {}}
+        self.resumed = False
+
+    def score(self, call: Call) -> Score:
+        """Scores the program, once more if that brought up parameters whose values were loaded."""
+        score = self.play(call)
+        return self.play(call) if self.adopt(score.parameters) else score
+
+    def adopt(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Takes note of parameters; new ones get the loaded values that wait for their names.
+
+        Returns:
+            Whether any value was set.
+        """
+        new = {name: leaf for name, leaf in parameters.items() if name not in self.parameters}
+        self.parameters.update(parameters)
+        waiting = [name for name in new if name in self.pending["parameters"]]
+        if self.resumed and len(waiting) < len(new):
+            warnings.warn(
+                f"The loaded state has no values for these parameters of the {self.name}, which "
+                f"keep their initial ones: {sorted(new.keys() - set(waiting))}.",
+                stacklevel=2,
+            )
+        for name in waiting:
+            self._set(name, self.pending["parameters"].pop(name), self.pending["optim"])
+        return bool(waiting)
+
+    def move(self, parameters: Mapping[str, Tensor], gradients: list[Tensor | None]) -> None:
+        """Lets the optimiser take a step along the gradients of the negative utility."""
+        leaves = list(parameters.values())
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
+        self.optim(leaves)
+        for leaf in leaves:
+            leaf.grad = None
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Takes moves back when an error follows."""
+        before = {
+            leaf: (leaf.detach().clone(), self._moments(leaf)) for leaf in self.parameters.values()
+        }
+        try:
+            yield
+        except Exception:
+            for leaf, (value, moments) in before.items():
+                leaf.detach().copy_(value)
+                if moments is None:
+                    self.optim.optim_objs.pop(leaf, None)
+                else:
+                    _torch_optimizer(self.optim.optim_objs[leaf]).state[leaf] = moments
+            raise
+
+    def _moments(self, leaf: Tensor) -> State | None:
+        if leaf not in self.optim.optim_objs:
+            return None
+        state = _torch_optimizer(self.optim.optim_objs[leaf]).state[leaf]
+        return {
+            key: value.clone() if isinstance(value, Tensor) else value
+            for key, value in state.items()
+        }
+
+    def state_dict(self) -> State:
+        """Copies the parameters (unconstrained) and the optimiser's state, by parameter name."""
+        optimizers = self.optim.optim_objs
+        state = {
+            "parameters": {name: leaf.detach() for name, leaf in self.parameters.items()},
+            "optim": {
+                name: _optimizer_state(optimizers[leaf])
+                for name, leaf in self.parameters.items()
+                if leaf in optimizers
+            },
+        }
+        return copy.deepcopy({key: state[key] | self.pending[key] for key in state})
+
+    def check(self, state: State) -> None:
+        """Compares the parameters with those of a state.
+
+        Raises:
+            ValueError: The state is not of these parameters.
+        """
+        if state.keys() != self.pending.keys():
+            raise ValueError(
+                f"Expected the state of the {self.name} to have the keys {sorted(self.pending)}, "
+                f"got {sorted(state)}."
+            )
+        expected = {name: tuple(leaf.shape) for name, leaf in self.parameters.items()}
+        got = {name: tuple(value.shape) for name, value in state["parameters"].items()}
+        differing = sorted(n for n in expected if got.get(n) != expected[n])
+        if differing:
+            raise ValueError(
+                f"The state doesn't fit the parameters of the {self.name}. Expected "
+                f"{ {n: expected[n] for n in differing} }, got "
+                f"{ {n: got.get(n, 'nothing') for n in differing} }. Load a state of the same "
+                "programs."
+            )
+
+    def load_state_dict(self, state: State) -> None:
+        """Sets known parameters, and keeps the rest for when the programs touch them."""
+        self.resumed = True
+        self.pending = copy.deepcopy({key: dict(state[key]) for key in self.pending})
+        for name in self.parameters:
+            self._set(name, self.pending["parameters"].pop(name), self.pending["optim"])
+
+    def _set(self, name: str, value: Tensor, optimizers: State) -> None:
+        leaf = self.parameters[name]
+        if leaf.shape != value.shape:
+            raise ValueError(
+                f"The loaded value of parameter '{name}' of the {self.name} has shape "
+                f"{tuple(value.shape)}; expected {tuple(leaf.shape)}."
+            )
+        with torch.no_grad():
+            leaf.copy_(value)
+        self.optim.optim_objs.pop(leaf, None)
+        if name in optimizers:
+            leaf.grad = None
+            self.optim([leaf])  # without a gradient, only creates the optimiser
+            _load_optimizer_state(self.optim.optim_objs[leaf], optimizers.pop(name))
+
+
+def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """What a PyroOptim holds for a parameter, without the scheduler that may be around it."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _optimizer_state(optimizer: Any) -> State:
+    inner = _torch_optimizer(optimizer)
+    state = {"optimizer": inner.state_dict()}
+    return state if inner is optimizer else state | {"scheduler": optimizer.state_dict()}
+
+
+def _load_optimizer_state(optimizer: Any, state: State) -> None:
+    _torch_optimizer(optimizer).load_state_dict(state["optimizer"])
+    if "scheduler" in state:
+        optimizer.load_state_dict(state["scheduler"])
