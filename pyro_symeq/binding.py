@@ -3,7 +3,7 @@ r"""Which argument of the programs holds the value of which observed site.
 When the encoder dreams, the guide must be called with the *dreamed* :math:`x` in the place of the
 real one. That place is a leaf of ``(args, kwargs)``, however deep in tuples, lists, dicts and
 dataclasses, and is written as a path: the keys that lead to it. A leaf holds a site's value if the
-``obs=`` value is that tensor, a view or reshape of it in the same order, or a cast of it.
+``obs=`` value is that tensor, a view of it or of a part of it, or a reshape or cast of all of it.
 """
 
 import copy
@@ -108,14 +108,52 @@ def same_memory(leaf: Tensor, value: Tensor) -> bool:
     """Whether a value is a tensor itself, or a view or reshape of all of it in the same order."""
     if leaf is value:
         return True
-    if leaf.numel() != value.numel() or leaf.dtype != value.dtype:
+    if leaf.numel() != value.numel() or not share_storage(leaf, value):
         return False
-    if leaf.device != value.device or leaf.data_ptr() != value.data_ptr():
-        return False
-    return leaf.reshape(value.shape).stride() == value.stride() or equal(leaf, value)
+    return leaf.data_ptr() == value.data_ptr() and (
+        leaf.reshape(value.shape).stride() == value.stride() or equal(leaf, value)
+    )
 
 
-def same_cast(leaf: Tensor, value: Tensor) -> bool:
+def is_part(leaf: Tensor, value: Tensor) -> bool:
+    """Whether a value is a view of a tensor, perhaps of some of its elements in another order."""
+    if not share_storage(leaf, value) or not _covers(leaf, value):
+        return False
+    rest = torch.full(value.shape, value.storage_offset() - leaf.storage_offset())
+    for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
+        rest = rest + (torch.arange(size) * stride).reshape(-1, *[1] * (value.dim() - dim - 1))
+    inside = rest >= 0
+    for stride, size in sorted(zip(leaf.stride(), leaf.shape, strict=True), reverse=True):
+        if size > 1:
+            inside &= rest // stride < size
+            rest = rest % stride
+    return bool((inside & (rest == 0)).all())
+
+
+def _covers(leaf: Tensor, value: Tensor) -> bool:
+    """Whether the stretch of memory of a value lies in that of a tensor without overlaps."""
+    if any(
+        stride == 0 for stride, size in zip(leaf.stride(), leaf.shape, strict=True) if size > 1
+    ):
+        return False
+    start = value.storage_offset() - leaf.storage_offset()
+    return bool(start >= 0 and start + _extent(value) <= _extent(leaf))
+
+
+def _extent(x: Tensor) -> int:
+    return 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def share_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one type lie in the same memory."""
+    return (
+        a.dtype == b.dtype
+        and a.device == b.device
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    )
+
+
+def is_cast(leaf: Tensor, value: Tensor) -> bool:
     """Whether a value can only be a cast, or a reshape with a copy, of a tensor."""
     needs_copy = (
         leaf.dtype != value.dtype or leaf.device != value.device or not leaf.is_contiguous()
@@ -143,27 +181,37 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 def find(value: Tensor, call: Call) -> list[Path]:
-    """Finds the leaves that share a value's memory or, if none does, that it may be a cast of."""
+    """Finds the leaves that a value is, is a view of or, if there are none, may be a cast of."""
     tensors = [(path, leaf) for path, leaf in leaves(call) if isinstance(leaf, Tensor)]
-    for holds in (same_memory, same_cast):
+    for holds in (same_memory, is_part, is_cast):
         if found := [path for path, leaf in tensors if holds(leaf, value)]:
             return found
     return []
 
 
-def fit(site: str, value: Tensor, leaf: Tensor | None, name: str) -> Tensor:
-    """Gives a dreamed value the shape and type of the argument that it stands in for.
+def substitute(leaf: Tensor, observed: Tensor, dreamed: Tensor, into: Tensor) -> Tensor | None:
+    """Puts a dreamed value where an argument held the observed one.
 
-    Raises:
-        ValueError: The number of elements differs.
+    Args:
+        leaf: The argument.
+        observed: What the model observed of it.
+        dreamed: What takes the place of that, with the same number of elements.
+        into: The argument as it is by now; other sites may have filled other parts of it.
+
+    Returns:
+        A tensor like the argument, or ``None`` if the dreamed value does not fit.
     """
-    if leaf is None:
-        return value
-    if leaf.numel() != value.numel():
-        raise ValueError(
-            f"The model dreams site '{site}' with shape {tuple(value.shape)}, which does not fit "
-            f"the argument '{name}' with shape {tuple(leaf.shape)}. Let the model draw as much as "
-            "it observes (check its plates and event dimensions), or pass bind=, a function "
-            "(trace, args, kwargs) -> (args, kwargs)."
-        )
-    return value.to(leaf.dtype).reshape(leaf.shape)
+    if dreamed.numel() != observed.numel():
+        return None
+    is_view = share_storage(leaf, observed) and _covers(leaf, observed)
+    if same_memory(leaf, observed) or (not is_view and leaf.numel() == observed.numel()):
+        return dreamed.to(leaf.dtype).reshape(leaf.shape)
+    if not is_view:
+        return None
+    twin = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+    twin.copy_(into)
+    offset = observed.storage_offset() - leaf.storage_offset()
+    twin.as_strided(observed.shape, observed.stride(), offset).copy_(
+        dreamed.reshape(observed.shape)
+    )
+    return twin

@@ -135,12 +135,12 @@ class Pair:
 
     def _encoder(self, pattern: Pattern, call: Call) -> tuple[Score, Observed]:
         dream, observed = self._dream(pattern, call)
-        trace = passes.replay(self.guide, pattern.hand_over(dream, call), dream)
+        trace = passes.replay(self.guide, pattern.hand_over(dream, observed, call), dream)
         pattern.check_dreamed(dream, trace)
-        scored = [(trace, [name for name, _ in passes.sample_sites(trace) if name in dream])]
-        if pattern.latents and self.supervise_encoder and not pattern.lacks_data:
+        scored = [(trace, passes.scored(trace, dream))]
+        if pattern.supervised and self.supervise_encoder and not pattern.lacks_data:
             at_data = passes.fill_in(self.guide, call, self._given(pattern, call))
-            scored.append((at_data, sorted(pattern.latents)))
+            scored.append((at_data, sorted(pattern.supervised)))
         return self._score("encoder", *scored), observed
 
     def _wake(self, pattern: Pattern, call: Call) -> tuple[tuple[Trace, Trace], Observed]:

@@ -36,7 +36,7 @@ class complete(Messenger):  # noqa: N801
         self.values = values
 
     def _pyro_sample(self, msg: Site) -> None:
-        if not (msg["done"] or msg["is_observed"]):
+        if msg["value"] is None:
             value = self.values.get(msg["name"])
             msg["value"] = _draw(msg) if value is None else value
             msg["done"] = True
@@ -51,7 +51,7 @@ class clamp(Messenger):  # noqa: N801
 
     def _pyro_sample(self, msg: Site) -> None:
         value = self.values.get(msg["name"])
-        if not (value is None or msg["done"] or msg["is_observed"]):
+        if msg["value"] is None and value is not None:
             shape = msg["fn"].shape()
             msg["value"] = value.reshape(shape) if value.numel() == shape.numel() else value
             msg["done"] = True
@@ -70,8 +70,8 @@ class imagine(Messenger):  # noqa: N801
     def _pyro_sample(self, msg: Site) -> None:
         if msg["is_observed"] and not _is_computed(msg):
             self.observed[msg["name"]] = msg["value"]
-            msg.update(is_observed=False, done=False)
-        if not (msg["done"] or msg["is_observed"]):
+            msg.update(is_observed=False, done=False, value=None)
+        if msg["value"] is None:
             msg["value"] = _draw(msg)
             msg["done"] = True
 
@@ -128,6 +128,11 @@ def sample_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and not (site_is_subsample(site) or _is_computed(site)):
             yield name, site
+
+
+def scored(trace: Trace, dream: Trace) -> list[str]:
+    """The sites at which a guide is scored: what a dream holds, and what the guide observes."""
+    return [name for name, site in sample_sites(trace) if name in dream or site["is_observed"]]
 
 
 def parameters(trace: Trace) -> dict[str, Tensor]:

@@ -9,7 +9,17 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_symeq import passes
-from pyro_symeq.binding import Call, Names, Path, equal, fit, get, put, same_memory
+from pyro_symeq.binding import (
+    Call,
+    Names,
+    Path,
+    equal,
+    get,
+    put,
+    same_memory,
+    share_storage,
+    substitute,
+)
 
 NEVER_SAMPLES = (
     "The guide never samples {sites}, which the model does. Sample these sites in the guide too, "
@@ -25,6 +35,8 @@ class Pattern:
         observed: The sites that the model observes.
         latents: Those of them that the guide samples too; there the guide is clamped.
         missing: The data sites that the batch lacks.
+        supervised: The sites at which the guide can be scored at the data: the observed latents,
+            and what the guide observes itself.
         is_complete: Whether no latent is left for the guide to draw.
         arguments: The path to the argument that holds the value of a site.
         dtypes: The type in which the model observes a site.
@@ -35,6 +47,7 @@ class Pattern:
     observed: frozenset[str]
     latents: frozenset[str]
     missing: frozenset[str]
+    supervised: frozenset[str]
     is_complete: bool
     arguments: Mapping[str, Path]
     dtypes: Mapping[str, torch.dtype]
@@ -75,19 +88,35 @@ class Pattern:
                     "what is missing."
                 )
 
-    def hand_over(self, dream: Trace, call: Call) -> Call:
+    def hand_over(self, dream: Trace, observed: Mapping[str, Tensor], call: Call) -> Call:
         """Puts dreamed values in the place of the observed ones, in copies of the containers.
+
+        Args:
+            dream: The trace of the model.
+            observed: What the model observed in that run, by site.
+            call: The arguments that it observed.
 
         Raises:
             ValueError: A dreamed value does not fit its argument.
         """
         if self.bind is not None:
             return self.bind(dream, *call)
+        dreamed_call = call
         for name, path in self.arguments.items():
-            leaf = get(call, path)
-            dreamed = fit(name, passes.value(dream, name), leaf, self.names(path))
-            call = put(call, path, dreamed)
-        return call
+            leaf, dreamed = get(call, path), passes.value(dream, name)
+            fitted: Tensor | None = dreamed
+            if leaf is not None:
+                fitted = substitute(leaf, observed[name], dreamed, get(dreamed_call, path))
+            if fitted is None:
+                raise ValueError(
+                    f"The model dreams site '{name}' with shape {tuple(dreamed.shape)}, which "
+                    f"does not fit the argument '{self.names(path)}' with shape "
+                    f"{tuple(leaf.shape)}. Let the model draw as much as it observes (check its "
+                    "plates and event dimensions), or pass bind=, a function "
+                    "(trace, args, kwargs) -> (args, kwargs)."
+                )
+            dreamed_call = put(dreamed_call, path, fitted)
+        return dreamed_call
 
     def check_completed(self, trace: Trace, completion: Trace) -> None:
         """Checks that the guide gave a value to each site that the model did not observe.
@@ -123,10 +152,17 @@ class Pattern:
                 f"The guide samples {extra}, which the model doesn't. Sample these sites in the "
                 "model too, or mark them with infer={'is_auxiliary': True}."
             )
+        if not passes.scored(trace, dream):
+            raise ValueError(
+                "The guide samples no latent of the model, so there is nothing to score it at. "
+                "Sample the model's latents in the guide."
+            )
 
 
 def _still_holds(leaf: object, value: Tensor) -> bool:
     """Compares memory; for a cast, elements too, which costs a read and is for validation only."""
-    if not isinstance(leaf, Tensor) or leaf.numel() != value.numel():
+    if not isinstance(leaf, Tensor):
         return False
-    return same_memory(leaf, value) or not is_validation_enabled() or equal(leaf, value)
+    if same_memory(leaf, value) or share_storage(leaf, value):
+        return True
+    return leaf.numel() == value.numel() and (not is_validation_enabled() or equal(leaf, value))

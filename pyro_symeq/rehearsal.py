@@ -82,7 +82,7 @@ class _Rehearsal:
 
     def pattern(self) -> Pattern:
         pattern = self.cast()
-        dreamed = pattern.hand_over(self.dream, self.call)
+        dreamed = pattern.hand_over(self.dream, self.observed, self.call)
         self.refuse_wrong_pairing(pattern, dreamed)
         data = self.data(pattern, dreamed)
         with _Reads(data.values()) as reads:
@@ -91,7 +91,7 @@ class _Rehearsal:
         self.refuse_implicit(trace)
         if not (reads.any or self.depends_on_data(pattern, trace)):
             raise ValueError(IGNORES_DATA.format(arguments=list(data)))
-        return pattern
+        return replace(pattern, supervised=pattern.latents | passes.observations(trace).keys())
 
     def cast(self) -> Pattern:
         """Finds out which sites are latent, which are data, and which data are missing."""
@@ -100,6 +100,7 @@ class _Rehearsal:
             observed=frozenset(self.observed),
             latents=frozenset(),
             missing=frozenset(),
+            supervised=frozenset(),
             is_complete=False,
             arguments={name: path for name, path in arguments.items() if name in self.observed},
             dtypes={name: value.dtype for name, value in self.observed.items()},
@@ -182,7 +183,7 @@ class _Rehearsal:
         return name in observed and equal(observed[name], value)
 
     def sampled_by_guide(self, pattern: Pattern) -> set[str]:
-        dreamed = pattern.hand_over(self.dream, self.call)
+        dreamed = pattern.hand_over(self.dream, self.observed, self.call)
         trace = passes.replay(self.guide, dreamed, self.dream)
         return {name for name, _ in passes.sample_sites(trace)}
 
@@ -230,10 +231,10 @@ class _Rehearsal:
 
     def depends_on_data(self, pattern: Pattern, trace: Trace) -> bool:
         """Whether other data change the guide's law, for networks that can't be watched."""
-        other = pattern.hand_over(passes.dream(self.model, self.call)[0], self.call)
+        other = pattern.hand_over(*passes.dream(self.model, self.call), self.call)
         again = passes.replay(self.guide, other, self.dream)
-        latents = [name for name, _ in passes.sample_sites(trace) if name in self.dream]
-        return passes.log_probs(trace, latents) != passes.log_probs(again, latents)
+        scored = passes.scored(trace, self.dream)
+        return passes.log_probs(trace, scored) != passes.log_probs(again, scored)
 
     def cannot_tell(self, name: str, paths: list[Path]) -> str:
         holders = [self.names(path) for path in paths]
@@ -241,8 +242,9 @@ class _Rehearsal:
         problem = (
             f"Several arguments hold the observed value of site '{name}': {holders}"
             if holders
-            else f"No argument holds the observed value of site '{name}' as a tensor, or a view, "
-            f"reshape or cast of it (tensor arguments: {tensors})"
+            else f"No argument holds the observed value of site '{name}', as a tensor or a "
+            "view, reshape or cast of it; an indexed copy or a computed value is none of these "
+            f"(tensor arguments: {tensors})"
         )
         example = (holders or tensors or ["argument"])[0]
         return (

@@ -249,6 +249,52 @@ def test_a_guide_that_shuts_gradients_out():
     refuse(pair, "utility of the encoder doesn't depend on its parameters.*encoder")
 
 
+def test_labels_that_the_guide_observes_itself():
+    """Written as for SVI: labelled batches observe an auxiliary site of the guide."""
+    logits = nn.Linear(2, 3)
+
+    def model(x, y=None):
+        loc = pyro.param("loc", torch.zeros(3, 2))
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.ones(3)), obs=y)
+            pyro.sample("x", dist.Normal(loc[y], 1.0).to_event(1), obs=x)
+
+    def guide(x, y=None):
+        pyro.module("logits", logits)
+        law = dist.Categorical(logits=logits(x))
+        with pyro.plate("data", len(x)):
+            if y is None:
+                pyro.sample("y", law)
+            else:
+                pyro.sample("y_data", law, obs=y, infer={"is_auxiliary": True})
+
+    with torch.no_grad():
+        logits.weight.zero_()
+        logits.bias.zero_()
+    y = torch.tensor([0, 1, 2])
+    scale = -torch.tensor(3.0).log().item() * len(X)
+    for supervise, terms in ((True, 2), (False, 1)):
+        utility = SymmetricUtility(supervise_encoder=supervise)
+        assert utility.loss(model, guide, X, y).encoder == pytest.approx(terms * scale)
+        assert utility.loss(model, guide, X).encoder == pytest.approx(scale)
+
+
+def test_guide_without_latents():
+    pair = Pair()
+
+    def model(x):
+        pyro.module("decoder", pair.decoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", pair.likelihood(x[:, :1]), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", pair.encoder)
+        pair.encoder(x)
+
+    pair.model, pair.guide = model, guide
+    refuse(pair, "The guide samples no latent of the model")
+
+
 def test_model_without_data():
     pair = Pair()
 
