@@ -1,0 +1,13 @@
+"""Names that every doctest finds in place."""
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(doctest_namespace: dict[str, Any]) -> None:
+    doctest_namespace.update(torch=torch, pyro=pyro, dist=dist)
