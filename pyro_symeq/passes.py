@@ -69,7 +69,7 @@ class imagine(Messenger):  # noqa: N801
 
     def _pyro_sample(self, msg: Site) -> None:
         if msg["is_observed"] and not _is_computed(msg):
-            self.observed[msg["name"]] = msg["value"]
+            self.observed[msg["name"]] = torch.as_tensor(msg["value"])
             msg.update(is_observed=False, done=False, value=None)
         if msg["value"] is None:
             msg["value"] = _draw(msg)

@@ -70,6 +70,8 @@ def aside() -> Iterator[None]:
 
 
 class _Rehearsal:
+    """A dream of a batch, and what the programs do with it."""
+
     def __init__(self, model: Program, guide: Program, call: Call, bind: Bind | None) -> None:
         self.model = model
         self.guide = guide
@@ -81,6 +83,7 @@ class _Rehearsal:
         self.drawn = {name for name, _ in passes.sample_sites(self.dream)} - self.observed.keys()
 
     def pattern(self) -> Pattern:
+        """Finds the pattern and checks that the pair can learn from it."""
         pattern = self.cast()
         dreamed = pattern.hand_over(self.dream, self.observed, self.call)
         self.refuse_wrong_pairing(pattern, dreamed)
@@ -176,6 +179,7 @@ class _Rehearsal:
         return paths[0] if paths else None
 
     def would_observe(self, name: str, value: Tensor, path: Path) -> bool:
+        """Whether the model, given a value there, observes it at a site."""
         try:
             _, observed = passes.dream(self.model, put(self.call, path, value))
         except Exception:  # the argument stands for something else
@@ -183,6 +187,7 @@ class _Rehearsal:
         return name in observed and equal(observed[name], value)
 
     def sampled_by_guide(self, pattern: Pattern) -> set[str]:
+        """The sites of the guide, called with the dream."""
         dreamed = pattern.hand_over(self.dream, self.observed, self.call)
         trace = passes.replay(self.guide, dreamed, self.dream)
         return {name for name, _ in passes.sample_sites(trace)}
@@ -237,6 +242,7 @@ class _Rehearsal:
         return passes.log_probs(trace, scored) != passes.log_probs(again, scored)
 
     def cannot_tell(self, name: str, paths: list[Path]) -> str:
+        """Says that none or several of the arguments hold a value, and what to do."""
         holders = [self.names(path) for path in paths]
         tensors = [self.names(p) for p, leaf in leaves(self.call) if isinstance(leaf, Tensor)]
         problem = (

@@ -332,6 +332,15 @@ class TestErrors:
             pair.model, pair.guide, data.clone(), match="No argument holds.*'x'.*bind={'args.0'"
         )
 
+    def test_a_number(self):
+        pair = Watched(lambda x: x)
+
+        def model(x):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=1.5)
+
+        self.refuse(model, pair.guide, images(), match="No argument holds.*'x'")
+
     def test_an_equal_tensor_is_no_evidence(self):
         pair = Watched(lambda x: torch.ones(B, D))
         self.refuse(pair.model, pair.guide, torch.ones(B, D), match="No argument holds")
