@@ -7,11 +7,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pyro.optim import SGD
 from torch import nn
 
 from pyro_symeq import SymmetricEquilibrium
-from pyro_symeq.binding import Names, get, layout, leaves, put
+from pyro_symeq.binding import Names, find, get, layout, leaves, put, substitute
 
 B, D = 4, 3
 Named = collections.namedtuple("Named", "image label")
@@ -444,3 +446,61 @@ def test_names_are_those_of_the_signature():
     assert names((1, "z")) == "z"
     assert list(names.absent(((1,), {}))) == [(1, "y"), (1, "z")]
     assert list(names.absent(((None, 2), {"z": None}))) == [(0, 0), (1, "z")]
+
+
+@st.composite
+def views(draw):
+    """A tensor, perhaps itself a view, and a function that takes it to a view of a part of it."""
+    wide = torch.arange(120.0).reshape(2, 3, 4, 5)
+    leaf = draw(st.sampled_from([wide, wide[1], wide[:, 1], wide[..., 1:3], wide.transpose(0, 2)]))
+    steps = []
+    dims = list(leaf.shape)
+    for kind in draw(st.lists(st.sampled_from(["select", "narrow", "swap", "new"]), max_size=4)):
+        if not dims:
+            break
+        dim = draw(st.integers(0, len(dims) - 1))
+        if kind == "select":
+            index = draw(st.integers(0, dims.pop(dim) - 1))
+            steps.append(lambda x, dim=dim, index=index: x.select(dim, index))
+        elif kind == "narrow":
+            start = draw(st.integers(0, dims[dim] - 1))
+            dims[dim] = draw(st.integers(1, dims[dim] - start))
+            steps.append(lambda x, d=dim, s=start, n=dims[dim]: x.narrow(d, s, n))
+        elif kind == "swap":
+            other = draw(st.integers(0, len(dims) - 1))
+            dims[dim], dims[other] = dims[other], dims[dim]
+            steps.append(lambda x, a=dim, b=other: x.transpose(a, b))
+        else:
+            dims.insert(dim, 1)
+            steps.append(lambda x, dim=dim: x.unsqueeze(dim))
+
+    def view(x):
+        for step in steps:
+            x = step(x)
+        return x
+
+    return leaf, view
+
+
+@given(views())
+def test_a_dream_fills_the_part_that_was_observed(case):
+    leaf, view = case
+    observed = view(leaf)
+    assert find(observed, ((torch.zeros(3), leaf), {})) == [(0, 1)]
+    before = leaf.clone()
+    dreamed = -1 - torch.rand(observed.shape)
+    filled = substitute(leaf, observed, dreamed, leaf)
+    assert filled.shape == leaf.shape
+    torch.testing.assert_close(view(filled), dreamed)
+    assert (filled < 0).sum() == dreamed.numel()
+    assert torch.equal(leaf, before)
+    assert torch.equal(filled[filled >= 0], leaf[filled >= 0])
+
+
+@given(views())
+def test_what_lies_elsewhere_is_no_part(case):
+    """Of two stretches of one memory, a view of the one is no view of the other."""
+    leaf, view = case
+    halves = torch.cat([leaf, leaf]).split(len(leaf))
+    assert find(view(halves[0]), (halves, {})) == [(0, 0)]
+    assert find(view(halves[1]), (halves, {})) == [(0, 1)]
