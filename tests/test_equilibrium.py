@@ -222,10 +222,11 @@ class Training:
         ),
     }
 
-    def __init__(self, optim, updates, state=None):
+    def __init__(self, optim, updates, state=None, device="cpu"):
         pyro.clear_param_store()
         pyro.set_rng_seed(0 if state is None else 1)
-        self.ladder = Ladder()
+        self.ladder = Ladder().to(device)
+        self.x = X.to(device)
         self.optim = self.OPTIMS[optim]()
         self.symeq = SymmetricEquilibrium(
             self.model, self.guide, self.optim, updates=updates, encoder_warmup=2
@@ -242,7 +243,7 @@ class Training:
 
     def run(self, steps):
         for _ in range(steps):
-            self.symeq.step(X[torch.randint(len(X), (5,))])
+            self.symeq.step(self.x[torch.randint(len(X), (5,))])
             if hasattr(self.optim, "step"):
                 self.optim.step()
         return clone([*self.ladder.parameters(), pyro.param("rate")])
@@ -251,16 +252,16 @@ class Training:
 @pytest.mark.parametrize("stop", [1, 5])
 @pytest.mark.parametrize("updates", ["alternating", "simultaneous"])
 @pytest.mark.parametrize("optim", Training.OPTIMS)
-def test_resumed_training_goes_on_bit_for_bit(optim, updates, stop):
-    uninterrupted = Training(optim, updates).run(9)
-    first = Training(optim, updates)
+def test_resumed_training_goes_on_bit_for_bit(optim, updates, stop, device):
+    uninterrupted = Training(optim, updates, device=device).run(9)
+    first = Training(optim, updates, device=device)
     first.run(stop)
     file = io.BytesIO()
     torch.save(first.symeq.state_dict(), file)
     first.run(1)  # the state is a copy: going on leaves it alone
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    resumed = Training(optim, updates, state).run(9 - stop)
+    resumed = Training(optim, updates, state, device).run(9 - stop)
     assert identical(resumed, uninterrupted)
 
 

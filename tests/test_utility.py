@@ -97,9 +97,12 @@ ROUTES = {
 
 
 def assert_unbiased(draw, ladder, batch, supervise_encoder=True):
+    device = ladder.z0_logits.device
+    batch = {name: value.to(device) for name, value in batch.items()}
     copies = {name: value.repeat(COPIES, 1) for name, value in batch.items()}
     draws = [draw(**copies) for _ in range(DRAWS)]
-    expected = gradients(ladder, **batch, supervise_encoder=supervise_encoder)
+    with device:
+        expected = gradients(ladder, **batch, supervise_encoder=supervise_encoder)
     leaves = [*ladder.theta, *ladder.phi]
     for leaf, gradient in zip(leaves, [*expected[0], *expected[1]], strict=True):
         if gradient is None:
@@ -111,8 +114,8 @@ def assert_unbiased(draw, ladder, batch, supervise_encoder=True):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("route", ROUTES)
-def test_mean_gradient_is_the_enumerated_one(route, pattern):
-    ladder = Ladder()
+def test_mean_gradient_is_the_enumerated_one(route, pattern, device):
+    ladder = Ladder().to(device)
     assert_unbiased(ROUTES[route](ladder), ladder, PATTERNS[pattern])
 
 
