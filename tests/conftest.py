@@ -1,6 +1,11 @@
 import pyro
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in each run, however long the first of them takes.
+settings.register_profile("tests", deadline=None, derandomize=True, max_examples=200)
+settings.load_profile("tests")
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
