@@ -15,9 +15,9 @@ from pyro_symeq.binding import (
     Path,
     equal,
     get,
+    is_part,
     put,
     same_memory,
-    share_storage,
     substitute,
 )
 
@@ -39,6 +39,7 @@ class Pattern:
             and what the guide observes itself.
         is_complete: Whether no latent is left for the guide to draw.
         arguments: The path to the argument that holds the value of a site.
+        copies: The sites whose value is a copy of the argument, such as a cast.
         dtypes: The type in which the model observes a site.
         names: Writes paths as a user does.
         bind: The user's own way to hand a dream to the guide.
@@ -50,6 +51,7 @@ class Pattern:
     supervised: frozenset[str]
     is_complete: bool
     arguments: Mapping[str, Path]
+    copies: frozenset[str]
     dtypes: Mapping[str, torch.dtype]
     names: Names = field(repr=False)
     bind: Callable[..., Call] | None = None
@@ -68,7 +70,7 @@ class Pattern:
     def fits(self, observed: Mapping[str, Tensor], call: Call) -> bool:
         """Whether the model observed the sites of this pattern, from the same arguments."""
         return observed.keys() == self.observed and all(
-            _still_holds(get(call, path), observed[name])
+            _still_holds(get(call, path), observed[name], name in self.copies)
             for name, path in self.arguments.items()
             if name in observed
         )
@@ -159,10 +161,10 @@ class Pattern:
             )
 
 
-def _still_holds(leaf: object, value: Tensor) -> bool:
-    """Compares memory; for a cast, elements too, which costs a read and is for validation only."""
+def _still_holds(leaf: object, value: Tensor, is_copy: bool) -> bool:
+    """Compares memory; of a copy, the elements, which costs a read and is for validation only."""
     if not isinstance(leaf, Tensor):
         return False
-    if same_memory(leaf, value) or share_storage(leaf, value):
-        return True
+    if not is_copy:
+        return same_memory(leaf, value) or is_part(leaf, value)
     return leaf.numel() == value.numel() and (not is_validation_enabled() or equal(leaf, value))

@@ -17,7 +17,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_symeq import passes, randomness
-from pyro_symeq.binding import Call, Names, Path, Program, close, equal, find, get, leaves, put
+from pyro_symeq.binding import (
+    Call,
+    Names,
+    Path,
+    Program,
+    close,
+    equal,
+    find,
+    get,
+    leaves,
+    put,
+    share_storage,
+)
 from pyro_symeq.pattern import Pattern
 
 Bind = Mapping[str, str] | Callable[[Trace, tuple[Any, ...], dict[str, Any]], Call]
@@ -99,13 +111,19 @@ class _Rehearsal:
     def cast(self) -> Pattern:
         """Finds out which sites are latent, which are data, and which data are missing."""
         arguments = self.arguments()
+        held = {name: path for name, path in arguments.items() if name in self.observed}
         draft = Pattern(
             observed=frozenset(self.observed),
             latents=frozenset(),
             missing=frozenset(),
             supervised=frozenset(),
             is_complete=False,
-            arguments={name: path for name, path in arguments.items() if name in self.observed},
+            arguments=held,
+            copies=frozenset(
+                name
+                for name, path in held.items()
+                if not share_storage(get(self.call, path), self.observed[name])
+            ),
             dtypes={name: value.dtype for name, value in self.observed.items()},
             names=self.names,
             bind=self.bind if callable(self.bind) else None,
@@ -162,6 +180,12 @@ class _Rehearsal:
             if argument not in paths:
                 raise ValueError(
                     f"bind= names the argument '{argument}'; there are {sorted(paths)}."
+                )
+            leaf = get(self.call, paths[argument])
+            if not (leaf is None or isinstance(leaf, Tensor)):
+                raise ValueError(
+                    f"bind= names the argument '{argument}', which is of type "
+                    f"{type(leaf).__name__}; expected a tensor, or None where data are missing."
                 )
             if name not in sites:
                 raise ValueError(

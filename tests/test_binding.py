@@ -281,13 +281,20 @@ def test_another_kind_of_batch_is_bound_anew():
         assert (dream_a is a, dream_b is b) == (swap, not swap)
 
 
-def test_a_silent_change_of_the_observed_argument_is_noticed():
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("memory", ["of its own", "rows of one", "columns of one"])
+def test_a_silent_change_of_the_observed_argument_is_noticed(memory, validate):
     """An integer decides which argument is observed, though calls look the same."""
     pair = Watched(lambda a, b, which: (a, b)[which])
     symeq = SymmetricEquilibrium(pair.model, pair.guide, SGD({"lr": 0.0}))
-    a, b = images(), images()
+    a, b = {
+        "of its own": (images(), images()),
+        "rows of one": images().repeat(2, 1).split(B),
+        "columns of one": images().repeat(1, 2).split(D, dim=1),
+    }[memory]
     for which in (0, 1, 1, 0):
-        symeq.step(a, b, which)
+        with pyro.validation_enabled(validate):
+            symeq.step(a, b, which)
         (dream_a, dream_b, _), _ = pair.seen[-1]
         assert (dream_a is a, dream_b is b) == (which == 1, which == 0)
 
@@ -377,6 +384,17 @@ class TestErrors:
             images(),
             bind={"args.0": "y"},
             match="bind= names the site 'y'; the model samples \\['x', 'z'\\]",
+        )
+
+    def test_an_argument_that_is_no_tensor(self):
+        pair = Watched(lambda x, n: x)
+        self.refuse(
+            pair.model,
+            pair.guide,
+            images(),
+            3,
+            bind={"args.1": "x"},
+            match="bind= names the argument 'args.1', which is of type int; expected a tensor",
         )
 
     def test_a_wrong_name(self):
