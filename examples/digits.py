@@ -104,7 +104,6 @@ class Training:
         self.images = images
         self.settings = settings
         self.checkpoint = checkpoint
-        self.num_steps = 0
         self.seconds = 0.0
         self.vae = LadderVAE(
             images.side,
@@ -130,6 +129,11 @@ class Training:
                 "T_max": self.settings.steps,
             },
         )
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps that have been taken."""
+        return self.symeq.num_steps
 
     def run(self) -> bool:
         """Takes the steps that are left; saves the state at times and at the end.
@@ -164,7 +168,6 @@ class Training:
         loss = self.symeq.step(x[batch], y[batch])
         for optim in self.optims:
             optim.step()
-        self.num_steps += 1
         return torch.tensor([loss.decoder, loss.encoder]) / len(batch)
 
     def line(self, utilities: Tensor) -> str:
@@ -186,7 +189,6 @@ class Training:
         """Writes the checkpoint; at no time is there half of one."""
         state = {
             "identity": self.identity,
-            "num_steps": self.num_steps,
             "seconds": self.seconds,
             "symeq": self.symeq.state_dict(),
         }
@@ -215,7 +217,6 @@ class Training:
                 "same options, or start without --resume."
             )
         self.symeq.load_state_dict(state["symeq"])
-        self.num_steps = state["num_steps"]
         self.seconds = state["seconds"]
 
 

@@ -104,10 +104,12 @@ class Encoder(nn.Module):
     """The networks of the encoder.
 
     Args:
-        side: The number of rows, and of columns, of an image. num_styles: The number of style
-        bits. num_units: The number of bits of z1. width: The number of hidden units of a layer.
+        side: The number of rows, and of columns, of an image.
+        num_styles: The number of style bits.
+        num_units: The number of bits of z1.
+        width: The number of hidden units of a layer.
         num_channels: The number of channels of the first convolution; the second has twice as
-        many.
+            many.
     """
 
     def __init__(

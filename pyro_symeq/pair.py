@@ -13,7 +13,7 @@ from pyro_symeq.binding import Call, Program, layout
 from pyro_symeq.pattern import Pattern
 from pyro_symeq.rehearsal import Bind, aside, rehearse
 
-Player = Literal["decoder", "encoder"]
+Role = Literal["decoder", "encoder"]
 Observed = dict[str, Tensor]
 T = TypeVar("T")
 
@@ -171,7 +171,7 @@ class Pair:
             trace = passes.fill_in(self.model, call, {})
         return trace, passes.observations(trace)
 
-    def _score(self, player: Player, *scored: tuple[Trace, list[str]]) -> Score:
+    def _score(self, role: Role, *scored: tuple[Trace, list[str]]) -> Score:
         """Sums the log-probabilities at sites of a player's program; finds its own parameters."""
         log_probs = [
             (name, log_prob)
@@ -179,12 +179,12 @@ class Pair:
             for name, log_prob in passes.log_probs(trace, names).items()
         ]
         utility = torch.stack([log_prob for _, log_prob in log_probs]).sum()
-        _refuse_infinite(player, utility, log_probs)
+        _refuse_infinite(role, utility, log_probs)
         parameters: dict[str, Tensor] = {}
         for trace, _ in scored:
             parameters |= passes.parameters(trace)
-        unnamed = self._unnamed(player, utility, parameters, scored[0][0])
-        if player == "decoder":
+        unnamed = self._unnamed(role, utility, parameters, scored[0][0])
+        if role == "decoder":
             self._of_decoder.update(parameters.values(), unnamed)
         else:
             parameters = {n: p for n, p in parameters.items() if p not in self._of_decoder}
@@ -192,13 +192,13 @@ class Pair:
         return Score(utility, parameters, unnamed)
 
     def _unnamed(
-        self, player: Player, utility: Tensor, parameters: dict[str, Tensor], trace: Trace
+        self, role: Role, utility: Tensor, parameters: dict[str, Tensor], trace: Trace
     ) -> list[Tensor]:
         """Finds the leaves behind a utility that no parameter statement names.
 
         The graph is searched once for each set of sites, and always where there are such leaves.
         """
-        sites = (player, *trace.nodes)
+        sites = (role, *trace.nodes)
         if not utility.requires_grad or not self._uses_unnamed.get(sites, True):
             return []
         named = set(parameters.values())
@@ -207,11 +207,11 @@ class Pair:
         return unnamed
 
 
-def _refuse_infinite(player: Player, utility: Tensor, log_probs: list[tuple[str, Tensor]]) -> None:
+def _refuse_infinite(role: Role, utility: Tensor, log_probs: list[tuple[str, Tensor]]) -> None:
     if not torch.isfinite(utility):
         sites = {name: value.item() for name, value in log_probs if not torch.isfinite(value)}
         raise ValueError(
-            f"Expected a finite utility of the {player}, got these log-probabilities (nats): "
+            f"Expected a finite utility of the {role}, got these log-probabilities (nats): "
             f"{sites}. Look for NaN in the data, for values outside the support of these sites, "
             "and for a learning rate that is too large."
         )
