@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 Path = tuple[Any, ...]
 Program = Callable[..., Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # args, kwargs
+Kind = Literal["itself", "view", "copy", "pick"]
 
 
 def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -192,6 +193,19 @@ def find(value: Tensor, call: Call) -> list[Path]:
     return []
 
 
+def kind(leaf: Tensor, value: Tensor) -> Kind:
+    """How a leaf holds a value."""
+    if same_memory(leaf, value):
+        return "itself"
+    return "view" if is_part(leaf, value) else "copy"
+
+
+def copied(x: Tensor, stride: tuple[int, ...] | None = None) -> Tensor:
+    """Copies a tensor into new memory of the same, or of another, layout."""
+    twin = torch.empty_strided(x.shape, stride or x.stride(), dtype=x.dtype, device=x.device)
+    return twin.copy_(x)
+
+
 def substitute(leaf: Tensor, observed: Tensor, dreamed: Tensor, into: Tensor) -> Tensor | None:
     """Puts a dreamed value where an argument held the observed one.
 
@@ -204,15 +218,12 @@ def substitute(leaf: Tensor, observed: Tensor, dreamed: Tensor, into: Tensor) ->
     Returns:
         A tensor like the argument, or ``None`` if the dreamed value does not fit.
     """
-    if dreamed.numel() != observed.numel():
-        return None
     is_view = share_storage(leaf, observed) and _covers(leaf, observed)
-    if same_memory(leaf, observed) or (not is_view and leaf.numel() == observed.numel()):
+    if same_memory(leaf, observed) or (not is_view and leaf.numel() == dreamed.numel()):
         return dreamed.to(leaf.dtype).reshape(leaf.shape)
     if not is_view:
         return None
-    twin = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
-    twin.copy_(into)
+    twin = copied(into, leaf.stride())
     offset = observed.storage_offset() - leaf.storage_offset()
     twin.as_strided(observed.shape, observed.stride(), offset).copy_(
         dreamed.reshape(observed.shape)

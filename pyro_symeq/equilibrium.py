@@ -27,7 +27,7 @@ from pyro_symeq.binding import Call, Program
 from pyro_symeq.pair import NOTHING_TO_LEARN, Score
 from pyro_symeq.player import Player, State
 from pyro_symeq.rehearsal import Bind, aside
-from pyro_symeq.utility import SymmetricLoss, SymmetricUtility
+from pyro_symeq.utility import SymmetricLoss, SymmetricUtility, check_count
 
 __all__ = ["SymmetricEquilibrium"]
 
@@ -95,9 +95,9 @@ class SymmetricEquilibrium:
     ) -> None:
         if updates not in ("alternating", "simultaneous"):
             raise ValueError(f"Expected updates='alternating' or 'simultaneous', got {updates!r}.")
-        _check_count("decoder_steps", decoder_steps, at_least=1)
-        _check_count("encoder_steps", encoder_steps, at_least=1)
-        _check_count("encoder_warmup", encoder_warmup, at_least=0)
+        check_count("decoder_steps", decoder_steps, at_least=1)
+        check_count("encoder_steps", encoder_steps, at_least=1)
+        check_count("encoder_warmup", encoder_warmup, at_least=0)
         self.model = model
         self.guide = guide
         self.optim = optim
@@ -126,7 +126,7 @@ class SymmetricEquilibrium:
         r"""Moves both players, as the schedule says.
 
         Args:
-            args: What model and guide take.
+            args: What model and guide take, or one :class:`Batch` or several.
             kwargs: Likewise.
 
         Returns:
@@ -162,7 +162,7 @@ class SymmetricEquilibrium:
         r"""Estimates the loss :math:`-(L_p + L_q)` (nats, summed over the batch); nothing moves.
 
         Args:
-            args: What model and guide take.
+            args: What model and guide take, or one :class:`Batch` or several.
             kwargs: Likewise.
 
         Returns:
@@ -271,13 +271,6 @@ def _pair_of_optims(optim: Any) -> tuple[PyroOptim, PyroOptim]:
             "guide)."
         )
     return pair[0], pair[1]
-
-
-def _check_count(name: str, value: int, at_least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(
-            f"Expected {name} to be an integer of at least {at_least}, got {value!r}."
-        )
 
 
 def _check_learnable(players: tuple[Player, ...], scores: list[Score]) -> None:

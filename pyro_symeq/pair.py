@@ -4,17 +4,21 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import pyro
 import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_symeq import passes
+from pyro_symeq.batch import batches
 from pyro_symeq.binding import Call, Program, layout
+from pyro_symeq.passes import Observation, Observations, Run
 from pyro_symeq.pattern import Pattern
-from pyro_symeq.rehearsal import Bind, aside, rehearse
+from pyro_symeq.proposals import Proposal, choose
+from pyro_symeq.rehearsal import Bind, aside, buffers_kept, rehearse
 
 Role = Literal["decoder", "encoder"]
-Observed = dict[str, Tensor]
+Masks = dict[str, Tensor]
 T = TypeVar("T")
 
 NOTHING_TO_LEARN = (
@@ -46,6 +50,71 @@ class Score:
         return list(torch.autograd.grad(-self.utility, leaves, allow_unused=True))
 
 
+def _sum(scores: list[Score], weights: list[float]) -> Score:
+    """The weighted sum of utilities of one player."""
+    if len(scores) == 1 and weights == [1.0]:
+        return scores[0]
+    utility = torch.stack(
+        [weight * score.utility for weight, score in zip(weights, scores, strict=True)]
+    ).sum()
+    parameters: dict[str, Tensor] = {}
+    for score in scores:
+        parameters |= score.parameters
+    unnamed = dict.fromkeys(leaf for score in scores for leaf in score.unnamed)
+    return Score(utility, parameters, list(unnamed))
+
+
+@dataclass
+class Draws:
+    """How many draws make up a utility.
+
+    Args:
+        num_particles: The number of draws whose utilities are averaged.
+        is_vectorized: Whether the decoder is scored at all of them in one run.
+        max_plate_nesting: The number of batch dimensions of the programs, if it is known.
+        num_proposals: The number of draws of the guide among which a completion is chosen.
+    """
+
+    num_particles: int = 1
+    is_vectorized: bool = False
+    max_plate_nesting: int | None = None
+    num_proposals: int = 1
+
+
+def _seen(name: str, given: Observations) -> Observation | None:
+    """What was observed at a site of the guide, which may bear Pyro's name of the other part."""
+    return given.get(name, given.get(name.removesuffix(passes.UNOBSERVED)))
+
+
+def _given_sites(trace: Trace, given: Observations) -> tuple[list[str], Masks]:
+    """Where a run of the guide was given values, and where those count."""
+    names, masks, split = [], {}, passes.split_sites(trace)
+    for name, site in passes.sample_sites(trace):
+        if (seen := _seen(name, given)) is not None:
+            names.append(name)
+            masks[name] = seen.mask
+        elif site["is_observed"]:
+            names.append(name)
+            masks[name] = split.get(name)
+    return names, {name: mask for name, mask in masks.items() if mask is not None}
+
+
+def _drawn_sites(trace: Trace, model_trace: Trace, given: Observations) -> tuple[list[str], Masks]:
+    """Where a run of the guide has drawn values for the model."""
+    names, masks = _given_sites(trace, given)
+    sites = [name for name, _ in passes.sample_sites(trace) if name in model_trace]
+    drawn = [name for name in sites if name not in names or name in masks]
+    return drawn, {name: ~masks[name] for name in drawn if name in masks}
+
+
+class _Misfit(Exception):
+    """A run of the model did not observe what its pattern says."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+
+
 class Pair:
     """A model and a guide, with what is known of their batches and of who owns which parameter.
 
@@ -54,134 +123,215 @@ class Pair:
         guide: The encoder's program.
         bind: How dreams are handed to the guide, see :class:`SymmetricUtility`.
         supervise_encoder: Whether observed latents train the encoder too.
+        draws: How many draws make up a utility.
     """
 
     def __init__(
-        self, model: Program, guide: Program, bind: Bind | None, supervise_encoder: bool
+        self,
+        model: Program,
+        guide: Program,
+        bind: Bind | None,
+        supervise_encoder: bool,
+        draws: Draws,
     ) -> None:
         self.model = model
         self.guide = guide
         self.bind = bind
         self.supervise_encoder = supervise_encoder
+        self.draws = draws
         self._patterns: dict[Any, Pattern] = {}
         self._of_decoder: set[Tensor] = set()
         self._uses_unnamed: dict[tuple[str, ...], bool] = {}
+        self._nesting = 0
 
     def decoder(self, call: Call) -> Score:
         r"""Scores the model at the data, completed by the guide.
 
         Args:
-            call: The arguments of both programs.
+            call: The arguments of both programs, or batches of them.
 
         Returns:
             :math:`\log p_\theta(x, z)` with :math:`z \sim q_\varphi(z \mid x)`, where observed
             latents keep their values. Missing data are left out: with latents alone,
             :math:`\log p_\theta(z)`.
         """
-        return self._play(self._decoder, call)
+        repeats = 1 if self.draws.is_vectorized else self.draws.num_particles
+        return self._total(self._decoder, call, repeats)
 
     def encoder(self, call: Call) -> Score:
         r"""Scores the guide at a dream, and at the latents that the data hold.
 
         Args:
-            call: The arguments of both programs.
+            call: The arguments of both programs, or batches of them.
 
         Returns:
             :math:`\log q_\varphi(z \mid x)` with :math:`(x, z) \sim p_\theta(x, z)`, plus
             :math:`\log q_\varphi(y \mid x)` at observed latents :math:`y`. With latents alone,
             :math:`\log q_\varphi(z \mid x)` with :math:`x \sim p_\theta(x \mid z)`.
         """
-        return self._play(self._encoder, call)
+        return self._total(self._encoder, call, self.draws.num_particles)
 
     def wake(self, call: Call) -> tuple[Trace, Trace]:
         """Traces the guide at the data, without a graph, and the model at them so completed."""
-        return self._play(self._wake, call)
+        completion, run = self._play(self._wake, call)
+        return completion, run.trace
 
-    def _play(self, play: Callable[[Pattern, Call], tuple[T, Observed]], call: Call) -> T:
+    def _total(
+        self, play: Callable[[Pattern, Call], Score], call: Call, num_repeats: int
+    ) -> Score:
+        """The weighted sum over batches, and the mean over repetitions, of scores."""
+        parts = batches(call) * num_repeats
+        scores = [self._play(play, batch.call) for batch in parts]
+        return _sum(scores, [batch.weight / num_repeats for batch in parts])
+
+    def _play(self, play: Callable[[Pattern, Call], T], call: Call) -> T:
         """Plays with the pattern that such calls have, and looks again where it does not fit."""
         key = layout(call)
-        if (pattern := self._patterns.get(key)) is not None:
-            result, observed = play(pattern, call)
-            if pattern.fits(observed, call):
+        pattern, misfit, has_looked = self._patterns.get(key), None, False
+        while True:
+            try:
+                if pattern is None or misfit is not None:
+                    pattern = self._look(call, misfit, pattern if has_looked else None)
+                    has_looked = True
+                    with aside():
+                        self._decoder(pattern, call)
+                        self._encoder(pattern, call)
+                result = play(pattern, call)
+                self._patterns[key] = pattern
                 return result
-        pattern = self._patterns[key] = self._rehearse(call)
-        result, observed = play(pattern, call)
-        if not pattern.fits(observed, call):
-            raise ValueError(
-                f"The model observed {sorted(observed)} in one run and {sorted(pattern.observed)} "
-                "in another with the same arguments. Let the arguments decide which sites are "
-                "observed."
-            )
-        return result
+            except _Misfit as error:
+                misfit = error.run
+                if has_looked and pattern is not None and pattern.knows(misfit):
+                    raise ValueError(
+                        f"The model observed {sorted(misfit.observed)} in one run and "
+                        f"{sorted(pattern.observed)} in another with the same arguments. Let the "
+                        "arguments, or draws of sites, decide which sites are observed."
+                    ) from None
 
-    def _rehearse(self, call: Call) -> Pattern:
-        """Finds the pattern of a call, and tries both players before anything moves."""
-        pattern = rehearse(self.model, self.guide, call, self.bind)
-        with aside():
-            self._decoder(pattern, call)
-            self._encoder(pattern, call)
-        return pattern
+    def _look(self, call: Call, misfit: Run | None, pattern: Pattern | None) -> Pattern:
+        """Finds the pattern of a call, or of one more way that a run of its model can take."""
+        like = None if misfit is None else misfit.trace
+        found, run = rehearse(self.model, self.guide, call, self.bind, like)
+        self._nesting = max(self._nesting, passes.plate_nesting(run.trace))
+        return found if pattern is None else pattern.extended(found, run)
 
-    def _decoder(self, pattern: Pattern, call: Call) -> tuple[Score, Observed]:
-        (_, trace), observed = self._wake(pattern, call)
+    def _in_particles(self, program: Program) -> Program:
+        """Draws all particles at once, along a plate to the left of all others."""
+        if not self.draws.is_vectorized:
+            return program
+        nesting = self.draws.max_plate_nesting
+        dim = -1 - (self._nesting if nesting is None else nesting)
+        return pyro.plate("num_particles_vectorized", self.draws.num_particles, dim=dim)(program)
+
+    def _decoder(self, pattern: Pattern, call: Call) -> Score:
+        _, run = self._wake(pattern, call)
+        score = self._score("decoder", (run.trace, *self._scored(pattern, run)))
+        return _sum([score], [1 / self.draws.num_particles if self.draws.is_vectorized else 1.0])
+
+    def _scored(self, pattern: Pattern, run: Run) -> tuple[list[str], Masks]:
+        """Where the model is scored."""
         names = [
             name
-            for name, site in trace.nodes.items()
-            if site["type"] == "sample"
-            and name not in pattern.missing
-            and not passes.is_implicit(site)
+            for name, site in passes.sample_sites(run.trace)
+            if name not in pattern.missing and not passes.is_implicit(site)
         ]
-        return self._score("decoder", (trace, names)), observed
+        masks = {
+            name: seen.mask
+            for name, seen in run.observed.items()
+            if seen.mask is not None and name not in pattern.latents
+        }
+        return names + passes.factors(run.trace), masks
 
-    def _encoder(self, pattern: Pattern, call: Call) -> tuple[Score, Observed]:
-        dream, observed = self._dream(pattern, call)
-        trace = passes.replay(self.guide, pattern.hand_over(dream, observed, call), dream)
-        pattern.check_dreamed(dream, trace)
-        scored = [(trace, passes.scored(trace, dream))]
-        if pattern.supervised and self.supervise_encoder and not pattern.lacks_data:
-            at_data = passes.fill_in(self.guide, call, self._given(pattern, call))
-            scored.append((at_data, sorted(pattern.supervised)))
-        return self._score("encoder", *scored), observed
+    def _encoder(self, pattern: Pattern, call: Call) -> Score:
+        dream = self._dream(pattern, call)
+        self._expect(pattern, dream, call)
+        dreamed = pattern.hand_over(dream, call)
+        trace = passes.replay(self.guide, dreamed, passes.values(dream.trace))
+        pattern.check_dreamed(dream.trace, trace)
+        scored: list[tuple[Trace, list[str], Masks]] = [
+            (trace, passes.scored(trace, dream.trace), {})
+        ]
+        if pattern.is_supervised and self.supervise_encoder and not pattern.lacks_data:
+            given = {n: seen for n, seen in dream.observed.items() if n in pattern.latents}
+            at_data = passes.fill_in(self.guide, call, given, passes.subsamples(dream.trace))
+            scored.append((at_data, *_given_sites(at_data, given)))
+        return self._score("encoder", *scored)
 
-    def _wake(self, pattern: Pattern, call: Call) -> tuple[tuple[Trace, Trace], Observed]:
-        completion = Trace()
-        if not pattern.is_complete:
+    def _wake(self, pattern: Pattern, call: Call) -> tuple[Trace, Run]:
+        completion, values = Trace(), dict[str, Tensor]()
+        if not pattern.lacks_data:
             try:
                 with torch.no_grad():
-                    completion = passes.fill_in(self.guide, call, self._given(pattern, call))
+                    completion, values = self._complete(pattern, call)
             except ValueError:
                 pattern.check_finite(call)
                 raise
-        trace = passes.replay(self.model, call, completion)
+        trace = passes.replay(self._in_particles(self.model), call, values)
+        run = Run(trace, passes.observations(trace))
+        self._expect(pattern, run, call)
         pattern.check_completed(trace, completion)
-        return (completion, trace), passes.observations(trace)
+        return completion, run
 
-    def _given(self, pattern: Pattern, call: Call) -> Observed:
-        """The observed latents; the model is run to read those that no argument holds."""
-        if pattern.latents <= pattern.arguments.keys():
-            return pattern.given(call)
-        with aside():
-            _, observed = passes.dream(self.model, call)
-        return {name: observed[name] for name in pattern.latents}
+    def _complete(self, pattern: Pattern, call: Call) -> tuple[Trace, dict[str, Tensor]]:
+        """A run of the guide at the data, and the values for the model's latents."""
+        guide = self._in_particles(self.guide)
+        given, rows = self._given(pattern, call)
+        completion = passes.fill_in(guide, call, given, rows)
+        if self.draws.num_proposals == 1:
+            return completion, passes.values(completion)
+        rows = passes.subsamples(completion)
+        others = [
+            passes.fill_in(guide, call, given, rows) for _ in range(self.draws.num_proposals - 1)
+        ]
+        proposals = [self._proposal(pattern, call, given, c) for c in (completion, *others)]
+        return completion, choose(proposals)
 
-    def _dream(self, pattern: Pattern, call: Call) -> tuple[Trace, Observed]:
+    def _proposal(
+        self, pattern: Pattern, call: Call, given: Observations, completion: Trace
+    ) -> Proposal:
+        trace = passes.replay(self._in_particles(self.model), call, passes.values(completion))
+        run = Run(trace, passes.observations(trace))
+        self._expect(pattern, run, call)
+        drawn, masks = _drawn_sites(completion, trace, given)
+        return Proposal(
+            completion,
+            list(passes.terms(trace, *self._scored(pattern, run))),
+            list(passes.terms(completion, drawn, masks)),
+        )
+
+    def _given(self, pattern: Pattern, call: Call) -> tuple[Observations, dict[str, Tensor]]:
+        """The observed latents; the model is run to read those that no argument holds whole."""
+        given = pattern.given(call)
+        if given is not None:
+            return given, {}
+        with buffers_kept():
+            run = passes.dream(self.model, call)
+        return {
+            name: run.observed[name] for name in pattern.latents & run.observed.keys()
+        }, passes.subsamples(run.trace)
+
+    def _dream(self, pattern: Pattern, call: Call) -> Run:
         if not pattern.lacks_data:
-            return passes.dream(self.model, call)
+            return passes.dream(self.model, call, followed=pattern.has_picks)
         with torch.no_grad():
             trace = passes.fill_in(self.model, call, {})
-        return trace, passes.observations(trace)
+        return Run(trace, passes.observations(trace))
 
-    def _score(self, role: Role, *scored: tuple[Trace, list[str]]) -> Score:
+    def _expect(self, pattern: Pattern, run: Run, call: Call) -> None:
+        if not pattern.fits(run, call):
+            raise _Misfit(run)
+
+    def _score(self, role: Role, *scored: tuple[Trace, list[str], Masks]) -> Score:
         """Sums the log-probabilities at sites of a player's program; finds its own parameters."""
         log_probs = [
             (name, log_prob)
-            for trace, names in scored
-            for name, log_prob in passes.log_probs(trace, names).items()
+            for trace, names, masks in scored
+            for name, log_prob in passes.log_probs(trace, names, masks).items()
         ]
         utility = torch.stack([log_prob for _, log_prob in log_probs]).sum()
         _refuse_infinite(role, utility, log_probs)
         parameters: dict[str, Tensor] = {}
-        for trace, _ in scored:
+        for trace, _, _ in scored:
             parameters |= passes.parameters(trace)
         unnamed = self._unnamed(role, utility, parameters, scored[0][0])
         if role == "decoder":

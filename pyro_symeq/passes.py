@@ -9,9 +9,15 @@ dreams and the guide is scored:
 
 Both are a run of one program without a graph, whose draws are data to the run of the other that is
 scored.
+
+Pyro splits a statement ``pyro.sample("y", ..., obs_mask=mask)`` into the sites ``y_observed`` and
+``y_unobserved`` and a deterministic ``y`` that joins them. Here they count as one random variable
+``y``, which is observed where the mask says so.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,8 +30,66 @@ from torch import Tensor
 
 from pyro_symeq.binding import Call, Program
 from pyro_symeq.distributions import Implicit
+from pyro_symeq.provenance import UNKNOWN, Origin, follow
 
 Site = Any  # pyro.poutine.runtime.Message, whose keys depend on its type
+
+OBSERVED, UNOBSERVED = "_observed", "_unobserved"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a program observed of a random variable.
+
+    Args:
+        value: The observed value.
+        mask: Where it is observed, if not everywhere: broadcasts with the batch shape.
+        event_dim: The number of event dimensions of the value.
+        origin: Where the value comes from, as far as the arguments were followed.
+    """
+
+    value: Tensor
+    mask: Tensor | None = None
+    event_dim: int = 0
+    origin: Origin = UNKNOWN
+
+    def over(self, other: Tensor) -> Tensor:
+        """Lays the observed elements over those of another value."""
+        if self.mask is None:
+            return self.value
+        mask = self.mask.reshape(self.mask.shape + (1,) * self.event_dim)
+        return torch.where(mask, self.value, other)
+
+
+Observations = dict[str, Observation]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the model.
+
+    Args:
+        trace: Its trace; in a dream, with draws in the place of what it observed.
+        observed: What it was given to observe.
+    """
+
+    trace: Trace
+    observed: Observations
+
+
+@dataclass(frozen=True)
+class Term:
+    """The log-probability at a site, before it is scaled, masked and summed.
+
+    Args:
+        site: The site.
+        log_prob: The log-probability (nats), with the batch shape of the site.
+        mask: Where it counts, if not everywhere.
+    """
+
+    site: Site
+    log_prob: Tensor
+    mask: Tensor | bool | None
 
 
 class complete(Messenger):  # noqa: N801
@@ -37,23 +101,28 @@ class complete(Messenger):  # noqa: N801
 
     def _pyro_sample(self, msg: Site) -> None:
         if msg["value"] is None:
-            value = self.values.get(msg["name"])
+            name = msg["name"]
+            value = self.values.get(name, self.values.get(name.removesuffix(UNOBSERVED)))
             msg["value"] = _draw(msg) if value is None else value
             msg["done"] = True
 
 
 class clamp(Messenger):  # noqa: N801
-    """Gives sites the values that arguments hold, in the shape of the site's distribution."""
+    """Gives sites the values that were observed, in the shape of the site's distribution."""
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, given: Mapping[str, Observation]) -> None:
         super().__init__()
-        self.values = values
+        self.given = dict(given) | {
+            name + UNOBSERVED: observation
+            for name, observation in given.items()
+            if observation.mask is not None
+        }
 
     def _pyro_sample(self, msg: Site) -> None:
-        value = self.values.get(msg["name"])
-        if msg["value"] is None and value is not None:
-            shape = msg["fn"].shape()
-            msg["value"] = value.reshape(shape) if value.numel() == shape.numel() else value
+        given = self.given.get(msg["name"])
+        if msg["value"] is None and given is not None:
+            value = given.value if given.mask is None else given.over(_draw(msg))
+            msg["value"] = _shaped(value, msg["fn"].shape())
             msg["done"] = True
 
 
@@ -87,22 +156,47 @@ def run(program: Program, call: Call, *handlers: Messenger) -> Trace:
     return traced.trace
 
 
-def dream(model: Program, call: Call) -> tuple[Trace, dict[str, Tensor]]:
-    r"""Draws :math:`(x, z) \sim p_\theta(x, z)` without a graph; also tells what was observed."""
-    imagination = imagine()
-    with torch.no_grad():
-        trace = run(model, call, imagination)
-    return trace, imagination.observed
+def dream(model: Program, call: Call, like: Trace | None = None, followed: bool = False) -> Run:
+    """Runs the model without a graph, with its observations drawn instead of given.
+
+    Args:
+        model: The decoder's program.
+        call: Its arguments.
+        like: A trace of the model, whose latents take the place of draws.
+        followed: Whether to find out where the observed values come from.
+    """
+    imagination, followers = imagine(), follow(call)
+    latents = {} if like is None else values(like)
+    with torch.no_grad(), followers if followed else nullcontext():
+        trace = run(model, call, imagination, complete(latents))
+    observed = _observations(trace, imagination.observed)
+    if followed:
+        observed = {
+            n: replace(seen, origin=followers.origin(seen.value)) for n, seen in observed.items()
+        }
+    return Run(trace, observed)
 
 
-def fill_in(program: Program, call: Call, given: Mapping[str, Tensor]) -> Trace:
-    """Runs a program with drawn values at its unobserved sites, except where they are given."""
-    return run(program, call, complete({}), clamp(given))
+def fill_in(
+    program: Program,
+    call: Call,
+    given: Mapping[str, Observation],
+    rows: Mapping[str, Tensor] | None = None,
+) -> Trace:
+    """Runs a program with drawn values at its unobserved sites, except where they are given.
+
+    Args:
+        program: A program.
+        call: Its arguments.
+        given: What was observed of some of its sites.
+        rows: The subsamples of plates that are not to be drawn.
+    """
+    return run(program, call, complete(rows or {}), clamp(given))
 
 
-def replay(program: Program, call: Call, trace: Trace) -> Trace:
+def replay(program: Program, call: Call, values: Mapping[str, Tensor]) -> Trace:
     """Runs a program on the values that a trace of the other program holds."""
-    return run(program, call, complete(values(trace)))
+    return run(program, call, complete(values))
 
 
 def value(trace: Trace, name: str) -> Tensor:
@@ -113,25 +207,80 @@ def value(trace: Trace, name: str) -> Tensor:
 
 def values(trace: Trace) -> dict[str, Tensor]:
     """The values of the sample sites of a trace, by name."""
-    return {
+    found = {
         name: value(trace, name) for name, site in trace.nodes.items() if site["type"] == "sample"
+    }
+    return found | {name + UNOBSERVED: found[name] for name in split_sites(trace)}
+
+
+def subsamples(trace: Trace) -> dict[str, Tensor]:
+    """The rows that plates have chosen, by the name of the plate."""
+    return {
+        name: value(trace, name)
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and site_is_subsample(site)
     }
 
 
-def observations(trace: Trace) -> dict[str, Tensor]:
-    """The values of the random variables that a program observed, by name."""
-    return {name: site["value"] for name, site in sample_sites(trace) if site["is_observed"]}
+def split_sites(trace: Trace) -> dict[str, Tensor]:
+    """The random variables that are split by ``obs_mask=``, with their masks."""
+    masks = {}
+    for name, site in trace.nodes.items():
+        part: Site = trace.nodes.get(name + OBSERVED)
+        if part is not None and _is_deterministic(site) and name + UNOBSERVED in trace:
+            masks[name] = part["mask"]
+    return masks
 
 
 def sample_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
-    """The random variables of a trace: no plates, factors or deterministic sites."""
+    """The random variables of a trace: no plates, factors or deterministic sites.
+
+    The site of one that is split is its observed part.
+    """
+    split = split_sites(trace)
+    parts = {name + part for name in split for part in (OBSERVED, UNOBSERVED)}
     for name, site in trace.nodes.items():
-        if site["type"] == "sample" and not (site_is_subsample(site) or _is_computed(site)):
-            yield name, site
+        if name in split:
+            yield name, trace.nodes[name + OBSERVED]
+        elif site["type"] == "sample" and name not in parts:
+            if not (site_is_subsample(site) or _is_computed(site)):
+                yield name, site
+
+
+def factors(trace: Trace) -> list[str]:
+    """The names of the ``pyro.factor`` statements of a trace."""
+    return [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and site_is_factor(site) and not _is_deterministic(site)
+    ]
+
+
+def observations(trace: Trace) -> Observations:
+    """What a program observed of its random variables, by name."""
+    return _observations(
+        trace,
+        {n: value(trace, n) for n, site in trace.nodes.items() if site.get("is_observed")},
+    )
+
+
+def _observations(trace: Trace, observed: Mapping[str, Tensor]) -> Observations:
+    split = split_sites(trace)
+    return {
+        name: Observation(observed[part], split.get(name), site["fn"].event_dim)
+        for name, site in sample_sites(trace)
+        if (part := site["name"]) in observed
+    }
+
+
+def plate_nesting(trace: Trace) -> int:
+    """The number of batch dimensions that plates take up."""
+    frames = (f for site in trace.nodes.values() for f in site.get("cond_indep_stack", ()))
+    return max((-frame.dim for frame in frames if frame.dim is not None), default=0)
 
 
 def scored(trace: Trace, dream: Trace) -> list[str]:
-    """The sites at which a guide is scored: what a dream holds, and what the guide observes."""
+    """The variables at which a guide is scored: those of a dream, and what the guide observes."""
     return [name for name, site in sample_sites(trace) if name in dream or site["is_observed"]]
 
 
@@ -149,17 +298,36 @@ def unconstrained(value: Tensor) -> Tensor:
     return value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
-def log_probs(trace: Trace, names: Iterable[str]) -> dict[str, Tensor]:
-    """Sums the log-probability (nats) at each named site, scaled and masked as in Pyro's ELBO."""
-    scores = {}
+def log_probs(
+    trace: Trace, names: Iterable[str], masks: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Sums log-probabilities (nats), scaled and masked as in Pyro's ELBO.
+
+    Args:
+        trace: A trace.
+        names: Its random variables and factors that count.
+        masks: Where some of them count, if not everywhere.
+    """
+    return {
+        term.site["name"]: scale_and_mask(term.log_prob, term.site["scale"], term.mask).sum()
+        for term in terms(trace, names, masks or {})
+    }
+
+
+def terms(trace: Trace, names: Iterable[str], masks: Mapping[str, Tensor]) -> Iterator[Term]:
+    """The log-probabilities at random variables and factors, see :func:`log_probs`."""
+    split = split_sites(trace)
     for name in names:
-        site: Site = trace.nodes[name]
-        try:
-            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        except ValueError as error:
-            raise ValueError(f"No log-probability at site '{name}': {error}") from error
-        scores[name] = scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
-    return scores
+        for part in [name + OBSERVED, name + UNOBSERVED] if name in split else [name]:
+            site: Site = trace.nodes[part]
+            try:
+                log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            except ValueError as error:
+                raise ValueError(f"No log-probability at site '{part}': {error}") from error
+            mask = site["mask"]
+            if name in masks:
+                mask = masks[name] if mask is None else masks[name] & mask
+            yield Term(site, log_prob, mask)
 
 
 def is_implicit(site: Site) -> bool:
@@ -171,7 +339,20 @@ def is_implicit(site: Site) -> bool:
 
 
 def _is_computed(site: Site) -> bool:
-    return site_is_factor(site) or bool(site["infer"].get("_deterministic"))
+    return site_is_factor(site) or _is_deterministic(site)
+
+
+def _is_deterministic(site: Site) -> bool:
+    return bool(site.get("infer") and site["infer"].get("_deterministic"))
+
+
+def _shaped(value: Tensor, shape: torch.Size) -> Tensor:
+    if value.numel() == shape.numel():
+        return value.reshape(shape)
+    try:
+        return value.expand(shape)
+    except RuntimeError:
+        return value
 
 
 def _draw(msg: Site) -> Tensor:

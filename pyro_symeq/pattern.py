@@ -1,7 +1,7 @@
 """Patterns of observation: which sites a batch observes, and which arguments hold them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from pyro.infer.util import is_validation_enabled
@@ -11,8 +11,10 @@ from torch import Tensor
 from pyro_symeq import passes
 from pyro_symeq.binding import (
     Call,
+    Kind,
     Names,
     Path,
+    copied,
     equal,
     get,
     is_part,
@@ -20,11 +22,42 @@ from pyro_symeq.binding import (
     same_memory,
     substitute,
 )
+from pyro_symeq.passes import Observation, Observations, Run
+from pyro_symeq.provenance import Picks, put_back, subsampled_dim
 
 NEVER_SAMPLES = (
     "The guide never samples {sites}, which the model does. Sample these sites in the guide too, "
     "or observe them in the model."
 )
+
+
+@dataclass(frozen=True)
+class Place:
+    """The argument that holds the value of a site.
+
+    Args:
+        path: The path to the argument.
+        kind: Whether the value is the argument itself, or a view of all of it; a view of a part; a
+            copy of all of it, such as a cast; or a copy of a part, picked by a subsample, say.
+        dtype: The type of the value.
+    """
+
+    path: Path
+    kind: Kind
+    dtype: torch.dtype
+
+    def still_holds(self, leaf: object, observation: Observation) -> bool:
+        """Compares memory; of a copy, the elements, which costs a read and is for validation."""
+        value = observation.value
+        if not isinstance(leaf, Tensor):
+            return False
+        if self.kind == "pick":
+            return not observation.origin.paths or observation.origin.path == self.path
+        if self.kind == "copy":
+            return leaf.numel() == value.numel() and (
+                not is_validation_enabled() or equal(leaf, value)
+            )
+        return same_memory(leaf, value) or is_part(leaf, value)
 
 
 @dataclass(frozen=True)
@@ -34,25 +67,21 @@ class Pattern:
     Args:
         observed: The sites that the model observes.
         latents: Those of them that the guide samples too; there the guide is clamped.
+        masked: Those of them that are observed in part (``obs_mask=``).
         missing: The data sites that the batch lacks.
-        supervised: The sites at which the guide can be scored at the data: the observed latents,
-            and what the guide observes itself.
-        is_complete: Whether no latent is left for the guide to draw.
-        arguments: The path to the argument that holds the value of a site.
-        copies: The sites whose value is a copy of the argument, such as a cast.
-        dtypes: The type in which the model observes a site.
+        is_supervised: Whether the guide can be scored at the data: at observed latents, or at what
+            it observes itself.
+        places: The arguments that hold the values of sites. Observed latents may lack one.
         names: Writes paths as a user does.
         bind: The user's own way to hand a dream to the guide.
     """
 
     observed: frozenset[str]
     latents: frozenset[str]
+    masked: frozenset[str]
     missing: frozenset[str]
-    supervised: frozenset[str]
-    is_complete: bool
-    arguments: Mapping[str, Path]
-    copies: frozenset[str]
-    dtypes: Mapping[str, torch.dtype]
+    is_supervised: bool
+    places: Mapping[str, Place]
     names: Names = field(repr=False)
     bind: Callable[..., Call] | None = None
 
@@ -61,18 +90,45 @@ class Pattern:
         """Whether only latents are observed, so that data must be drawn for them."""
         return bool(self.missing) and self.observed == self.latents
 
-    def given(self, call: Call) -> dict[str, Tensor]:
-        """The observed latents, as the arguments hold them."""
-        return {
-            name: get(call, self.arguments[name]).to(self.dtypes[name]) for name in self.latents
-        }
+    @property
+    def has_picks(self) -> bool:
+        """Whether arguments must be followed through the model to know what it observes of them."""
+        return any(place.kind == "pick" for place in self.places.values())
 
-    def fits(self, observed: Mapping[str, Tensor], call: Call) -> bool:
-        """Whether the model observed the sites of this pattern, from the same arguments."""
-        return observed.keys() == self.observed and all(
-            _still_holds(get(call, path), observed[name], name in self.copies)
-            for name, path in self.arguments.items()
-            if name in observed
+    def given(self, call: Call) -> Observations | None:
+        """The observed latents, if they can be read off the arguments."""
+        whole = {n for n, place in self.places.items() if place.kind in ("itself", "copy")}
+        if not self.latents <= whole - self.masked:
+            return None
+        places = {name: self.places[name] for name in self.latents}
+        return {n: Observation(get(call, p.path).to(p.dtype)) for n, p in places.items()}
+
+    def fits(self, run: Run, call: Call) -> bool:
+        """Whether a run of the model observed sites of this pattern alone, where they lie."""
+        drawn = {name for name, _ in passes.sample_sites(run.trace)} - run.observed.keys()
+        if drawn & self.observed or not self.knows(run):
+            return False
+        return all(
+            place.still_holds(get(call, place.path), run.observed[name])
+            for name, place in self.places.items()
+            if name in run.observed
+        )
+
+    def knows(self, run: Run) -> bool:
+        """Whether a run observed no other sites."""
+        return run.observed.keys() <= self.observed
+
+    def extended(self, other: "Pattern", run: Run) -> "Pattern":
+        """Adds what another run has shown, which is right about its own sites."""
+        seen = {name for name, _ in passes.sample_sites(run.trace)}
+        return replace(
+            other,
+            observed=self.observed - seen | other.observed,
+            latents=self.latents - seen | other.latents,
+            masked=self.masked - seen | other.masked,
+            missing=self.missing - seen | other.missing,
+            is_supervised=self.is_supervised or other.is_supervised,
+            places={**self.places, **other.places},
         )
 
     def check_finite(self, call: Call) -> None:
@@ -81,44 +137,91 @@ class Pattern:
         Raises:
             ValueError: Some are NaN or infinite.
         """
-        for name, path in self.arguments.items():
-            bad = (~torch.isfinite(get(call, path))).sum().item()
-            if bad:
+        for name, place in self.places.items():
+            leaf = get(call, place.path)
+            if name in self.masked or not isinstance(leaf, Tensor):
+                continue
+            if bad := (~torch.isfinite(leaf)).sum().item():
                 raise ValueError(
                     f"The observed value of site '{name}' is not finite: {bad} elements of the "
-                    f"argument '{self.names(path)}' are NaN or infinite. Clean the data, or mask "
-                    "what is missing."
+                    f"argument '{self.names(place.path)}' are NaN or infinite. Clean the data, or "
+                    "mask what is missing."
                 )
 
-    def hand_over(self, dream: Trace, observed: Mapping[str, Tensor], call: Call) -> Call:
+    def hand_over(self, dream: Run, call: Call) -> Call:
         """Puts dreamed values in the place of the observed ones, in copies of the containers.
 
         Args:
-            dream: The trace of the model.
-            observed: What the model observed in that run, by site.
-            call: The arguments that it observed.
+            dream: A dream, in whose run the model observed these arguments.
+            call: The arguments.
 
         Raises:
-            ValueError: A dreamed value does not fit its argument.
+            ValueError: A dreamed value does not fit its argument, or the dream lacks it.
         """
         if self.bind is not None:
-            return self.bind(dream, *call)
+            return self.bind(dream.trace, *call)
         dreamed_call = call
-        for name, path in self.arguments.items():
-            leaf, dreamed = get(call, path), passes.value(dream, name)
-            fitted: Tensor | None = dreamed
-            if leaf is not None:
-                fitted = substitute(leaf, observed[name], dreamed, get(dreamed_call, path))
-            if fitted is None:
-                raise ValueError(
-                    f"The model dreams site '{name}' with shape {tuple(dreamed.shape)}, which "
-                    f"does not fit the argument '{self.names(path)}' with shape "
-                    f"{tuple(leaf.shape)}. Let the model draw as much as it observes (check its "
-                    "plates and event dimensions), or pass bind=, a function "
-                    "(trace, args, kwargs) -> (args, kwargs)."
-                )
-            dreamed_call = put(dreamed_call, path, fitted)
+        for path, names in self._names_by_path().items():
+            leaf = get(call, path)
+            if present := [name for name in names if name in dream.trace]:
+                filled = self._filled(leaf, path, present, dream)
+                dreamed_call = put(dreamed_call, path, filled)
+            self._refuse_real_data(leaf, path, names, present)
         return dreamed_call
+
+    def _names_by_path(self) -> dict[Path, list[str]]:
+        paths: dict[Path, list[str]] = {}
+        for name, place in self.places.items():
+            paths.setdefault(place.path, []).append(name)
+        return paths
+
+    def _filled(self, leaf: Tensor | None, path: Path, names: list[str], dream: Run) -> Tensor:
+        """A tensor like an argument, with the dreamed values of some sites."""
+        if leaf is None:
+            return passes.value(dream.trace, names[-1])
+        filled, picks = leaf, []
+        for name in names:
+            seen, dreamed = dream.observed[name], self._dreamed(name, path, dream)
+            if self.places[name].kind == "pick" and seen.origin.path == path:
+                filled = copied(leaf) if filled is leaf else filled
+                put_back(filled, seen.origin.picks, dreamed)
+                picks.append(seen.origin.picks)
+            elif (fitted := substitute(leaf, seen.value, dreamed, filled)) is not None:
+                filled = fitted
+            else:
+                raise self._misfit(name, path, dreamed, leaf)
+        return _without_other_rows(filled, picks[0], dream.trace) if picks else filled
+
+    def _dreamed(self, name: str, path: Path, dream: Run) -> Tensor:
+        """The dreamed value of a site; of data that are missing in part, only the other part."""
+        seen, dreamed = dream.observed[name], passes.value(dream.trace, name)
+        if dreamed.numel() != seen.value.numel():
+            raise self._misfit(name, path, dreamed, seen.value)
+        return dreamed if name in self.latents else replace(seen, value=dreamed).over(seen.value)
+
+    def _misfit(self, name: str, path: Path, dreamed: Tensor, held: Tensor) -> ValueError:
+        return ValueError(
+            f"The model dreams site '{name}' with shape {tuple(dreamed.shape)}, which does not "
+            f"fit the argument '{self.names(path)}' with shape {tuple(held.shape)}. Let the model "
+            "draw as much as it observes (check its plates and event dimensions), or pass bind=, "
+            "a function (trace, args, kwargs) -> (args, kwargs)."
+        )
+
+    def _refuse_real_data(
+        self, leaf: Tensor | None, path: Path, names: list[str], present: list[str]
+    ) -> None:
+        """Checks that no real data are left in an argument where a dream lacks some sites."""
+        absent = [name for name in names if name not in present and name not in self.latents]
+        if leaf is None or not absent:
+            return
+        if not any(self.places[name].kind in ("itself", "copy") for name in present):
+            raise ValueError(
+                f"A dream of the model lacks the sites {absent}, whose data the argument "
+                f"'{self.names(path)}' holds, so the guide would be given real data beside dreamed "
+                "latents. Let the model sample these sites in every run (poutine.mask leaves out "
+                "what doesn't count), or pass bind=, a function (trace, args, kwargs) -> (args, "
+                "kwargs)."
+            )
 
     def check_completed(self, trace: Trace, completion: Trace) -> None:
         """Checks that the guide gave a value to each site that the model did not observe.
@@ -138,7 +241,8 @@ class Pattern:
         """Checks that the guide samples the latents of a dream, and nothing else that counts.
 
         Raises:
-            ValueError: A latent is missing from the guide, or the model lacks a site of the guide.
+            ValueError: A latent is missing from the guide, the model lacks a site of the guide, or
+                the guide has factors.
         """
         sampled = dict(passes.sample_sites(trace))
         known = self.observed | self.missing | sampled.keys()
@@ -154,6 +258,12 @@ class Pattern:
                 f"The guide samples {extra}, which the model doesn't. Sample these sites in the "
                 "model too, or mark them with infer={'is_auxiliary': True}."
             )
+        if factors := passes.factors(trace):
+            raise ValueError(
+                f"The guide has the factors {factors}, but the encoder learns from log q of its "
+                "draws, to which a factor can't add. Move them to the model, or use a "
+                "distribution that includes them."
+            )
         if not passes.scored(trace, dream):
             raise ValueError(
                 "The guide samples no latent of the model, so there is nothing to score it at. "
@@ -161,10 +271,14 @@ class Pattern:
             )
 
 
-def _still_holds(leaf: object, value: Tensor, is_copy: bool) -> bool:
-    """Compares memory; of a copy, the elements, which costs a read and is for validation only."""
-    if not isinstance(leaf, Tensor):
-        return False
-    if not is_copy:
-        return same_memory(leaf, value) or is_part(leaf, value)
-    return leaf.numel() == value.numel() and (not is_validation_enabled() or equal(leaf, value))
+def _without_other_rows(x: Tensor, picks: Picks, trace: Trace) -> Tensor:
+    """Overwrites the rows of an argument that a subsampled plate has left out with others."""
+    for name, index in passes.subsamples(trace).items():
+        plate: passes.Site = trace.nodes[name]
+        size, index = plate["fn"].size, index.to(x.device)
+        dim = subsampled_dim(x, picks, size, index) if len(index) < size else None
+        if dim is not None:
+            rows = index[torch.arange(size, device=x.device) % len(index)]
+            rows[index] = index
+            x = x.index_select(dim, rows)
+    return x

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_symeq import passes, randomness
 from pyro_symeq.binding import (
     Call,
+    Kind,
     Names,
     Path,
     Program,
@@ -26,11 +27,14 @@ from pyro_symeq.binding import (
     equal,
     find,
     get,
+    is_part,
+    kind,
     leaves,
     put,
-    share_storage,
 )
-from pyro_symeq.pattern import Pattern
+from pyro_symeq.passes import Observation, Run
+from pyro_symeq.pattern import Pattern, Place
+from pyro_symeq.provenance import name_of, take
 
 Bind = Mapping[str, str] | Callable[[Trace, tuple[Any, ...], dict[str, Any]], Call]
 
@@ -41,7 +45,9 @@ IGNORES_DATA = (
 )
 
 
-def rehearse(model: Program, guide: Program, call: Call, bind: Bind | None) -> Pattern:
+def rehearse(
+    model: Program, guide: Program, call: Call, bind: Bind | None, like: Trace | None = None
+) -> tuple[Pattern, Run]:
     """Finds the pattern of a batch.
 
     Random states and module buffers end as they were.
@@ -51,6 +57,10 @@ def rehearse(model: Program, guide: Program, call: Call, bind: Bind | None) -> P
         guide: The encoder's program.
         call: The arguments of both, with the batch.
         bind: How dreams are handed to the guide, where the user says so.
+        like: A trace of the model, whose latents take the place of draws.
+
+    Returns:
+        The pattern, and the dream that showed it.
 
     Raises:
         ValueError: The pair cannot learn from such a batch; the message says why and what to do.
@@ -58,13 +68,24 @@ def rehearse(model: Program, guide: Program, call: Call, bind: Bind | None) -> P
     if isinstance(guide, AutoGuide):
         raise ValueError(IGNORES_DATA.format(arguments="its arguments"))
     with aside(), torch.no_grad():
-        return _Rehearsal(model, guide, call, bind).pattern()
+        rehearsal = _Rehearsal(model, guide, call, bind, like)
+        return rehearsal.pattern(), rehearsal.dream
 
 
 @contextmanager
 def aside() -> Iterator[None]:
     """Runs programs on the side: random states and module buffers end as they were."""
     state = randomness.get_state()
+    try:
+        with buffers_kept():
+            yield
+    finally:
+        randomness.set_state(state)
+
+
+@contextmanager
+def buffers_kept() -> Iterator[None]:
+    """Lets module buffers, such as running averages, end as they were."""
     buffers: dict[Tensor, Tensor] = {}
 
     def keep(module: torch.nn.Module, _: Any) -> None:
@@ -76,7 +97,6 @@ def aside() -> Iterator[None]:
         yield
     finally:
         hook.remove()
-        randomness.set_state(state)
         for buffer, before in buffers.items():
             buffer.detach().copy_(before)
 
@@ -84,71 +104,76 @@ def aside() -> Iterator[None]:
 class _Rehearsal:
     """A dream of a batch, and what the programs do with it."""
 
-    def __init__(self, model: Program, guide: Program, call: Call, bind: Bind | None) -> None:
+    def __init__(
+        self, model: Program, guide: Program, call: Call, bind: Bind | None, like: Trace | None
+    ) -> None:
         self.model = model
         self.guide = guide
         self.call = call
         self.bind = bind
         self.names = Names(model)
         self.absent = list(self.names.absent(call))
-        self.dream, self.observed = passes.dream(model, call)
-        self.drawn = {name for name, _ in passes.sample_sites(self.dream)} - self.observed.keys()
+        self.dream = passes.dream(model, call, like, followed=True)
+        self.observed = self.dream.observed
+        self.sites = dict(passes.sample_sites(self.dream.trace))
+        self.drawn = self.sites.keys() - self.observed.keys()
 
     def pattern(self) -> Pattern:
         """Finds the pattern and checks that the pair can learn from it."""
         pattern = self.cast()
-        dreamed = pattern.hand_over(self.dream, self.observed, self.call)
+        dreamed = pattern.hand_over(self.dream, self.call)
         self.refuse_wrong_pairing(pattern, dreamed)
-        data = self.data(pattern, dreamed)
-        with _Reads(data.values()) as reads:
-            trace = passes.replay(self.guide, dreamed, self.dream)
-        pattern.check_dreamed(self.dream, trace)
+        data, sources = self.data(pattern, dreamed), self.sources(pattern, dreamed)
+        with _Reads([*data.values(), *sources.values()]) as reads:
+            trace = self.guide_at(self.dream, dreamed)
+        pattern.check_dreamed(self.dream.trace, trace)
         self.refuse_implicit(trace)
-        if not (reads.any or self.depends_on_data(pattern, trace)):
+        if not (reads.any(data.values()) or self.depends_on_data(pattern, trace)):
             raise ValueError(IGNORES_DATA.format(arguments=list(data)))
-        return replace(pattern, supervised=pattern.latents | passes.observations(trace).keys())
+        for name, source in sources.items():
+            if reads.any([source]):
+                raise ValueError(self.cannot_tell(name, []))
+        is_supervised = bool(pattern.latents or passes.observations(trace))
+        return replace(pattern, is_supervised=is_supervised)
+
+    def guide_at(self, dream: Run, call: Call) -> Trace:
+        """Runs the guide on a dream."""
+        return passes.replay(self.guide, call, passes.values(dream.trace))
 
     def cast(self) -> Pattern:
         """Finds out which sites are latent, which are data, and which data are missing."""
-        arguments = self.arguments()
-        held = {name: path for name, path in arguments.items() if name in self.observed}
+        places = self.places()
+        held = {name: place for name, place in places.items() if name in self.observed}
         draft = Pattern(
             observed=frozenset(self.observed),
             latents=frozenset(),
-            missing=frozenset(),
-            supervised=frozenset(),
-            is_complete=False,
-            arguments=held,
-            copies=frozenset(
-                name
-                for name, path in held.items()
-                if not share_storage(get(self.call, path), self.observed[name])
+            masked=frozenset(
+                name for name, seen in self.observed.items() if seen.mask is not None
             ),
-            dtypes={name: value.dtype for name, value in self.observed.items()},
+            missing=frozenset(),
+            is_supervised=False,
+            places=held,
             names=self.names,
             bind=self.bind if callable(self.bind) else None,
         )
         try:
             sampled = self.sampled_by_guide(draft)
         except Exception:
+            self.refuse_unbound(self.observed.keys() - places.keys())
             if not self.absent:
                 raise
             sampled = None  # perhaps for want of the missing data
         vacancies = {
-            name: path
+            name: Place(path, "itself", passes.value(self.dream.trace, name).dtype)
             for name in self.drawn - (sampled or set())
-            if (path := self.vacancy(name, arguments)) is not None
+            if (path := self.vacancy(name, places)) is not None
         }
-        full = replace(draft, arguments={**draft.arguments, **vacancies})
+        full = replace(draft, places={**draft.places, **vacancies})
         if sampled is None:
             sampled = self.sampled_by_guide(full)
+        self.refuse_unbound(self.observed.keys() - places.keys() - sampled)
         missing = vacancies.keys() - sampled
-        pattern = replace(
-            draft,
-            latents=draft.observed & sampled,
-            missing=frozenset(missing),
-            is_complete=self.drawn <= missing,
-        )
+        pattern = replace(draft, latents=draft.observed & sampled, missing=frozenset(missing))
         if not pattern.lacks_data:
             return pattern
         if unknown := sorted(self.drawn - missing):
@@ -156,20 +181,60 @@ class _Rehearsal:
                 f"The batch lacks {sorted(missing)} and doesn't give {unknown} either: without "
                 "data the guide can't complete it. Give all latents or some data."
             )
-        return replace(pattern, arguments=full.arguments)
+        return replace(pattern, places=full.places)
 
-    def arguments(self) -> dict[str, Path]:
-        """The path to each observed value: the user's word, or the one leaf that holds it."""
-        arguments = self.told(self.bind) if isinstance(self.bind, Mapping) else {}
-        for name, value in self.observed.items():
-            if name in arguments:
-                continue
-            paths = find(value, self.call)
-            if len(paths) == 1:
-                arguments[name] = paths[0]
-            elif not callable(self.bind):
-                raise ValueError(self.cannot_tell(name, paths))
-        return arguments
+    def places(self) -> dict[str, Place]:
+        """The place of each observed value: the user's word, or the one leaf that holds it."""
+        told = self.told(self.bind) if isinstance(self.bind, Mapping) else {}
+        places = {}
+        for name, value in self.values().items():
+            seen = self.observed.get(name)
+            if name in told:
+                leaf = get(self.call, told[name])
+                how = (
+                    "itself" if seen is None or leaf is None else self.kind(leaf, told[name], seen)
+                )
+                places[name] = Place(told[name], how, value.dtype)
+            elif seen is not None and (path := self.path(name, seen)) is not None:
+                how = self.kind(get(self.call, path), path, seen)
+                places[name] = Place(path, how, value.dtype)
+        return places
+
+    def values(self) -> dict[str, Tensor]:
+        """The dreamed value of each random variable of the model."""
+        return {name: passes.value(self.dream.trace, name) for name in self.sites}
+
+    def path(self, name: str, seen: Observation) -> Path | None:
+        """The argument that holds an observed value, if one does."""
+        paths = find(seen.value, self.call)
+        if not paths and seen.origin.path is not None and self.is_picked(seen):
+            paths = self.aliases(get(self.call, seen.origin.path))
+        if len(paths) > 1 and not callable(self.bind):
+            raise ValueError(self.cannot_tell(name, paths))
+        return paths[0] if len(paths) == 1 else None
+
+    def kind(self, leaf: Tensor, path: Path, seen: Observation) -> Kind:
+        """How an argument holds an observed value."""
+        how = kind(leaf, seen.value)
+        if how == "copy" and not equal(leaf, seen.value) and self.is_picked(seen):
+            return "pick" if seen.origin.path == path else how
+        return how
+
+    def is_picked(self, seen: Observation) -> bool:
+        """Whether an observed value was picked from an argument."""
+        path, picks = seen.origin.path, seen.origin.picks
+        return path is not None and equal(take(get(self.call, path), picks), seen.value)
+
+    def aliases(self, x: Tensor) -> list[Path]:
+        """The paths to a tensor, and to others with the same elements in memory."""
+        tensors = [(path, y) for path, y in leaves(self.call) if isinstance(y, Tensor)]
+        return [path for path, y in tensors if x is y or is_part(x, y) or is_part(y, x)]
+
+    def refuse_unbound(self, names: Iterable[str]) -> None:
+        """Checks that a dream of these sites can be handed over."""
+        if not callable(self.bind):
+            for name in names:
+                raise ValueError(self.cannot_tell(name, []))
 
     def told(self, bind: Mapping[str, str]) -> dict[str, Path]:
         """The user's ``{argument: site}`` as paths by site."""
@@ -193,10 +258,10 @@ class _Rehearsal:
                 )
         return {name: paths[argument] for argument, name in bind.items()}
 
-    def vacancy(self, name: str, arguments: Mapping[str, Path]) -> Path | None:
+    def vacancy(self, name: str, places: Mapping[str, Place]) -> Path | None:
         """The argument, now ``None``, through which the model would observe a site: by trying."""
-        value = passes.value(self.dream, name)
-        candidates = [arguments[name]] if name in arguments else self.absent
+        value = passes.value(self.dream.trace, name)
+        candidates = [places[name].path] if name in places else self.absent
         paths = [path for path in candidates if self.would_observe(name, value, path)]
         if len(paths) > 1:
             raise ValueError(self.cannot_tell(name, paths))
@@ -205,21 +270,21 @@ class _Rehearsal:
     def would_observe(self, name: str, value: Tensor, path: Path) -> bool:
         """Whether the model, given a value there, observes it at a site."""
         try:
-            _, observed = passes.dream(self.model, put(self.call, path, value))
+            observed = passes.dream(self.model, put(self.call, path, value)).observed
         except Exception:  # the argument stands for something else
             return False
-        return name in observed and equal(observed[name], value)
+        return name in observed and equal(observed[name].value, value)
 
     def sampled_by_guide(self, pattern: Pattern) -> set[str]:
         """The sites of the guide, called with the dream."""
-        dreamed = pattern.hand_over(self.dream, self.observed, self.call)
-        trace = passes.replay(self.guide, dreamed, self.dream)
-        return {name for name, _ in passes.sample_sites(trace)}
+        trace = self.guide_at(self.dream, pattern.hand_over(self.dream, self.call))
+        split = {name + passes.UNOBSERVED: name for name in pattern.masked}
+        return {split.get(name, name) for name, _ in passes.sample_sites(trace)}
 
     def data(self, pattern: Pattern, dreamed: Call) -> dict[str, Tensor]:
         """The arguments that hold dreamed data, by name."""
         if pattern.bind is None:
-            paths = [p for name, p in pattern.arguments.items() if name not in pattern.latents]
+            paths = [p.path for name, p in pattern.places.items() if name not in pattern.latents]
         else:
             paths = [p for p, leaf in leaves(dreamed) if leaf is not get(self.call, p)]
         if not paths:
@@ -229,12 +294,27 @@ class _Rehearsal:
             )
         return {self.names(path): get(dreamed, path) for path in paths}
 
+    def sources(self, pattern: Pattern, dreamed: Call) -> dict[str, Tensor]:
+        """The arguments from which observed latents are computed, and which dreams leave alone."""
+        paths = [
+            (name, path)
+            for name in pattern.latents - pattern.places.keys()
+            for path in self.observed[name].origin.paths
+        ]
+        return {
+            name: leaf
+            for name, path in paths
+            if (leaf := get(dreamed, path)) is get(self.call, path)
+        }
+
     def refuse_wrong_pairing(self, pattern: Pattern, call: Call) -> None:
         """Checks that the model, called as the guide will be, observes the dream."""
-        _, observed = passes.dream(self.model, call)
+        again = passes.dream(self.model, call, self.dream.trace)
         for name in pattern.missing if pattern.lacks_data else pattern.observed:
-            dreamed = passes.value(self.dream, name)
-            if name not in observed or not close(observed[name], dreamed):
+            if name in pattern.latents and name not in pattern.places:
+                continue
+            dreamed, seen = passes.value(self.dream.trace, name), again.observed.get(name)
+            if seen is None or not close(seen.over(dreamed), dreamed):
                 raise ValueError(
                     f"When the model is called with its dream of site '{name}' in the place of "
                     "the data, it doesn't observe that dream: the argument changes it (a cast "
@@ -244,7 +324,7 @@ class _Rehearsal:
 
     def refuse_implicit(self, trace: Trace) -> None:
         """Checks that sites without a density stand where nothing is to be learned."""
-        for name, site in passes.sample_sites(self.dream):
+        for name, site in self.sites.items():
             if passes.is_implicit(site) and (name not in trace or _depends_on_parameters(site)):
                 why = "depends on parameters" if name in trace else "stands for data"
                 raise ValueError(
@@ -252,7 +332,7 @@ class _Rehearsal:
                     "Give it a distribution with log_prob."
                 )
         for name, site in passes.sample_sites(trace):
-            if passes.is_implicit(site) and name in self.dream:
+            if passes.is_implicit(site) and name in self.sites:
                 raise ValueError(
                     f"The guide's site '{name}' is Implicit, but the encoder learns from log q. "
                     "Give it a distribution with log_prob."
@@ -260,9 +340,9 @@ class _Rehearsal:
 
     def depends_on_data(self, pattern: Pattern, trace: Trace) -> bool:
         """Whether other data change the guide's law, for networks that can't be watched."""
-        other = pattern.hand_over(*passes.dream(self.model, self.call), self.call)
-        again = passes.replay(self.guide, other, self.dream)
-        scored = passes.scored(trace, self.dream)
+        other = passes.dream(self.model, self.call, self.dream.trace, pattern.has_picks)
+        again = self.guide_at(self.dream, pattern.hand_over(other, self.call))
+        scored = passes.scored(trace, self.dream.trace)
         return passes.log_probs(trace, scored) != passes.log_probs(again, scored)
 
     def cannot_tell(self, name: str, paths: list[Path]) -> str:
@@ -291,7 +371,7 @@ def _depends_on_parameters(site: passes.Site) -> bool:
 
 
 class _Reads(TorchFunctionMode):
-    """Notes whether any of some tensors is used for more than its shape, type or device."""
+    """Notes which of some tensors are used for more than their shape, type or device."""
 
     METADATA = frozenset(
         "shape dtype device ndim layout requires_grad is_cuda __len__ size dim ndimension numel "
@@ -302,15 +382,17 @@ class _Reads(TorchFunctionMode):
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
-        self.tensors = {id(tensor) for tensor in tensors}
-        self.any = False
+        self.watched = {id(tensor) for tensor in tensors}
+        self.read: set[int] = set()
+
+    def any(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether any of these tensors was read."""
+        return any(id(tensor) in self.read for tensor in tensors)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = getattr(func, "__name__", None)
-        if name == "__get__":  # of a property
-            name = func.__self__.__name__
-        if name not in self.METADATA:
-            self.any |= any(id(leaf) in self.tensors for _, leaf in leaves((args, kwargs or {})))
+        if name_of(func) not in self.METADATA:
+            used = {id(leaf) for _, leaf in leaves((args, kwargs or {}))}
+            self.read |= used & self.watched
         return func(*args, **(kwargs or {}))

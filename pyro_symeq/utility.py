@@ -13,6 +13,7 @@ fills in. For data :math:`x \sim \pi(x)`,
 The decoder moves :math:`\theta` and the encoder :math:`\varphi` only.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyro_symeq.binding import Call, Program
-from pyro_symeq.pair import NOTHING_TO_LEARN, Pair
+from pyro_symeq.pair import NOTHING_TO_LEARN, Draws, Pair
 from pyro_symeq.rehearsal import Bind
 
 __all__ = ["SymmetricLoss", "SymmetricUtility"]
@@ -96,6 +97,16 @@ class SymmetricUtility(ELBO):
             into the arguments.
         supervise_encoder: Whether latents that a batch observes train the encoder too (eq. 11); if
             not, it learns from dreams alone (eq. 16).
+        num_particles: The number of draws whose utilities are averaged, in both passes.
+        vectorize_particles: Whether the guide completes data, and the model is scored, for all
+            particles in one run, along an outermost plate. This needs programs that broadcast, as
+            it does with Pyro's ELBOs. Dreams come one after another, because guides read the size
+            of a batch off their arguments.
+        max_plate_nesting: The number of batch dimensions that plates take up, for vectorised
+            particles; if left out, the first run of the model tells.
+        num_proposals: Of how many draws of the guide a completion is chosen, row by row with
+            probability proportional to :math:`p_\theta(x, z) / q_\varphi(z \mid x)`: the decoder's
+            step of reweighted wake-sleep.
 
     References:
         Symmetric Equilibrium Learning of VAEs (Flach, Schlesinger, Shekhovtsov, 2024), eqs. 5, 8,
@@ -116,21 +127,40 @@ class SymmetricUtility(ELBO):
         True
     """
 
-    def __init__(self, *, bind: Bind | None = None, supervise_encoder: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        bind: Bind | None = None,
+        supervise_encoder: bool = True,
+        num_particles: int = 1,
+        vectorize_particles: bool = False,
+        max_plate_nesting: float = math.inf,
+        num_proposals: int = 1,
+    ) -> None:
         if not (bind is None or callable(bind) or isinstance(bind, Mapping)):
             raise TypeError(
                 "Expected bind to be a dict {argument: site} or a function "
                 f"(trace, args, kwargs) -> (args, kwargs), got {type(bind).__name__}."
             )
-        super().__init__()
+        check_count("num_particles", num_particles, at_least=1)
+        check_count("num_proposals", num_proposals, at_least=1)
+        super().__init__(num_particles, max_plate_nesting, vectorize_particles=vectorize_particles)
         self.bind = bind
+        self.draws = Draws(
+            num_particles,
+            vectorize_particles and num_particles > 1,
+            None if math.isinf(max_plate_nesting) else int(max_plate_nesting),
+            num_proposals,
+        )
         self.supervise_encoder = supervise_encoder
         self._pairs: dict[tuple[Program, Program], Pair] = {}
 
     def pair(self, model: Program, guide: Program) -> Pair:
         """Remembers what is found out about a model and a guide."""
         if (model, guide) not in self._pairs:
-            self._pairs[model, guide] = Pair(model, guide, self.bind, self.supervise_encoder)
+            self._pairs[model, guide] = Pair(
+                model, guide, self.bind, self.supervise_encoder, self.draws
+            )
         return self._pairs[model, guide]
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> SymmetricLoss:
@@ -186,3 +216,11 @@ class SymmetricUtility(ELBO):
     ) -> tuple[Trace, Trace]:
         guide_trace, model_trace = self.pair(model, guide).wake((args, kwargs))
         return model_trace, guide_trace
+
+
+def check_count(name: str, value: int, at_least: int) -> None:
+    """Checks an option that counts something."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(
+            f"Expected {name} to be an integer of at least {at_least}, got {value!r}."
+        )
