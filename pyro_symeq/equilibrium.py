@@ -31,6 +31,8 @@ from pyro_symeq.utility import SymmetricLoss, SymmetricUtility, check_count
 
 __all__ = ["SymmetricEquilibrium"]
 
+NUM_TRIES = 100
+
 
 class SymmetricEquilibrium:
     r"""Learns a model and a guide as the two players of a game; it takes the place of ``SVI``.
@@ -236,7 +238,7 @@ class SymmetricEquilibrium:
         """Checks once, on the side, that both players can move."""
         if not self._is_learnable:
             with aside():
-                _check_learnable(self._players, [player.score(call) for player in self._players])
+                _check_learnable(self._players, [_try(player, call) for player in self._players])
             self._is_learnable = True
 
 
@@ -271,6 +273,15 @@ def _pair_of_optims(optim: Any) -> tuple[PyroOptim, PyroOptim]:
             "guide)."
         )
     return pair[0], pair[1]
+
+
+def _try(player: Player, call: Call) -> Score:
+    """Scores a player until a draw makes use of its parameters, as not every draw may do."""
+    for _ in range(NUM_TRIES):
+        score = player.score(call)
+        if score.utility.requires_grad or not score.parameters:
+            break
+    return score
 
 
 def _check_learnable(players: tuple[Player, ...], scores: list[Score]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_symeq import passes
 from pyro_symeq.batch import batches
 from pyro_symeq.binding import Call, Program, layout
-from pyro_symeq.passes import Observation, Observations, Run
+from pyro_symeq.passes import Observations, Run
 from pyro_symeq.pattern import Pattern
 from pyro_symeq.proposals import Proposal, choose
 from pyro_symeq.rehearsal import Bind, aside, buffers_kept, rehearse
@@ -81,18 +81,19 @@ class Draws:
     num_proposals: int = 1
 
 
-def _seen(name: str, given: Observations) -> Observation | None:
-    """What was observed at a site of the guide, which may bear Pyro's name of the other part."""
-    return given.get(name, given.get(name.removesuffix(passes.UNOBSERVED)))
+def _unobserved(pattern: Pattern, run: Run) -> Masks:
+    """Where the sites count at which the guide samples the other part of what is observed."""
+    masks = {name: run.observed[name].mask for name in pattern.filled & run.observed.keys()}
+    return {name + passes.UNOBSERVED: ~mask for name, mask in masks.items() if mask is not None}
 
 
 def _given_sites(trace: Trace, given: Observations) -> tuple[list[str], Masks]:
     """Where a run of the guide was given values, and where those count."""
     names, masks, split = [], {}, passes.split_sites(trace)
     for name, site in passes.sample_sites(trace):
-        if (seen := _seen(name, given)) is not None:
+        if name in given:
             names.append(name)
-            masks[name] = seen.mask
+            masks[name] = given[name].mask
         elif site["is_observed"]:
             names.append(name)
             masks[name] = split.get(name)
@@ -238,7 +239,7 @@ class Pair:
         masks = {
             name: seen.mask
             for name, seen in run.observed.items()
-            if seen.mask is not None and name not in pattern.latents
+            if seen.mask is not None and name not in pattern.latents | pattern.filled
         }
         return names + passes.factors(run.trace), masks
 
@@ -249,7 +250,7 @@ class Pair:
         trace = passes.replay(self.guide, dreamed, passes.values(dream.trace))
         pattern.check_dreamed(dream.trace, trace)
         scored: list[tuple[Trace, list[str], Masks]] = [
-            (trace, passes.scored(trace, dream.trace), {})
+            (trace, passes.scored(trace, dream.trace), _unobserved(pattern, dream))
         ]
         if pattern.is_supervised and self.supervise_encoder and not pattern.lacks_data:
             given = {n: seen for n, seen in dream.observed.items() if n in pattern.latents}
@@ -293,6 +294,7 @@ class Pair:
         run = Run(trace, passes.observations(trace))
         self._expect(pattern, run, call)
         drawn, masks = _drawn_sites(completion, trace, given)
+        masks |= _unobserved(pattern, run)
         return Proposal(
             completion,
             list(passes.terms(trace, *self._scored(pattern, run))),
@@ -312,7 +314,7 @@ class Pair:
 
     def _dream(self, pattern: Pattern, call: Call) -> Run:
         if not pattern.lacks_data:
-            return passes.dream(self.model, call, followed=pattern.has_picks)
+            return passes.dream(self.model, call, followed=pattern.is_followed)
         with torch.no_grad():
             trace = passes.fill_in(self.model, call, {})
         return Run(trace, passes.observations(trace))

@@ -18,10 +18,12 @@ Pyro splits a statement ``pyro.sample("y", ..., obs_mask=mask)`` into the sites 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Delta, Independent, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
@@ -112,11 +114,7 @@ class clamp(Messenger):  # noqa: N801
 
     def __init__(self, given: Mapping[str, Observation]) -> None:
         super().__init__()
-        self.given = dict(given) | {
-            name + UNOBSERVED: observation
-            for name, observation in given.items()
-            if observation.mask is not None
-        }
+        self.given = given
 
     def _pyro_sample(self, msg: Site) -> None:
         given = self.given.get(msg["name"])
@@ -222,6 +220,14 @@ def subsamples(trace: Trace) -> dict[str, Tensor]:
     }
 
 
+def left_out(trace: Trace) -> Iterator[tuple[Tensor, int]]:
+    """The rows that subsampled plates have chosen, and out of how many."""
+    for name, index in subsamples(trace).items():
+        plate: Site = trace.nodes[name]
+        if len(index) < plate["fn"].size:
+            yield index, plate["fn"].size
+
+
 def split_sites(trace: Trace) -> dict[str, Tensor]:
     """The random variables that are split by ``obs_mask=``, with their masks."""
     masks = {}
@@ -252,7 +258,7 @@ def factors(trace: Trace) -> list[str]:
     return [
         name
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and site_is_factor(site) and not _is_deterministic(site)
+        if site["type"] == "sample" and site_is_factor(site)
     ]
 
 
@@ -330,12 +336,20 @@ def terms(trace: Trace, names: Iterable[str], masks: Mapping[str, Tensor]) -> It
             yield Term(site, log_prob, mask)
 
 
+def counting(site: Site) -> Tensor | None:
+    """Which elements of the value of a site count, that is, are not masked; all of them if None."""
+    fn, mask = site["fn"], site["mask"]
+    masks = [(mask, fn.event_dim)]
+    while isinstance(fn, (Independent, MaskedDistribution)):
+        fn, mask = fn.base_dist, getattr(fn, "_mask", None)
+        masks.append((mask, fn.event_dim))
+    elements = [m.reshape(m.shape + (1,) * n) for m, n in masks if isinstance(m, Tensor)]
+    return reduce(torch.logical_and, elements) if elements else None
+
+
 def is_implicit(site: Site) -> bool:
     """Whether the distribution of a site, under its wrappers, has no density."""
-    fn = site["fn"]
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, Implicit)
+    return isinstance(_base(site["fn"]), Implicit)
 
 
 def _is_computed(site: Site) -> bool:
@@ -343,7 +357,17 @@ def _is_computed(site: Site) -> bool:
 
 
 def _is_deterministic(site: Site) -> bool:
-    return bool(site.get("infer") and site["infer"].get("_deterministic"))
+    """Whether a site is a ``pyro.deterministic`` or what ``poutine.reparam`` puts for a variable."""
+    fn = site.get("fn")
+    return (
+        isinstance(fn, MaskedDistribution) and fn._mask is False and isinstance(_base(fn), Delta)
+    )
+
+
+def _base(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
 
 
 def _shaped(value: Tensor, shape: torch.Size) -> Tensor:

@@ -1,6 +1,6 @@
 """Patterns of observation: which sites a batch observes, and which arguments hold them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -67,8 +67,11 @@ class Pattern:
     Args:
         observed: The sites that the model observes.
         latents: Those of them that the guide samples too; there the guide is clamped.
-        masked: Those of them that are observed in part (``obs_mask=``).
+        masked: Those that are observed in part (``obs_mask=``).
+        filled: Those of them whose other part the guide samples under Pyro's name for it, as for
+            ``SVI``.
         missing: The data sites that the batch lacks.
+        is_subsampled: Whether plates leave out rows.
         is_supervised: Whether the guide can be scored at the data: at observed latents, or at what
             it observes itself.
         places: The arguments that hold the values of sites. Observed latents may lack one.
@@ -79,7 +82,9 @@ class Pattern:
     observed: frozenset[str]
     latents: frozenset[str]
     masked: frozenset[str]
+    filled: frozenset[str]
     missing: frozenset[str]
+    is_subsampled: bool
     is_supervised: bool
     places: Mapping[str, Place]
     names: Names = field(repr=False)
@@ -91,9 +96,10 @@ class Pattern:
         return bool(self.missing) and self.observed == self.latents
 
     @property
-    def has_picks(self) -> bool:
-        """Whether arguments must be followed through the model to know what it observes of them."""
-        return any(place.kind == "pick" for place in self.places.values())
+    def is_followed(self) -> bool:
+        """Whether only following its arguments tells what the model observes of them."""
+        kinds = {place.kind for place in self.places.values()}
+        return "pick" in kinds or (self.is_subsampled and "view" in kinds)
 
     def given(self, call: Call) -> Observations | None:
         """The observed latents, if they can be read off the arguments."""
@@ -126,7 +132,9 @@ class Pattern:
             observed=self.observed - seen | other.observed,
             latents=self.latents - seen | other.latents,
             masked=self.masked - seen | other.masked,
+            filled=self.filled - seen | other.filled,
             missing=self.missing - seen | other.missing,
+            is_subsampled=self.is_subsampled or other.is_subsampled,
             is_supervised=self.is_supervised or other.is_supervised,
             places={**self.places, **other.places},
         )
@@ -162,11 +170,11 @@ class Pattern:
             return self.bind(dream.trace, *call)
         dreamed_call = call
         for path, names in self._names_by_path().items():
-            leaf = get(call, path)
-            if present := [name for name in names if name in dream.trace]:
-                filled = self._filled(leaf, path, present, dream)
-                dreamed_call = put(dreamed_call, path, filled)
-            self._refuse_real_data(leaf, path, names, present)
+            if get(call, path) is None:
+                filled = passes.value(dream.trace, names[-1])
+            else:
+                filled = self._fill(get(call, path), path, names, dream)
+            dreamed_call = put(dreamed_call, path, filled)
         return dreamed_call
 
     def _names_by_path(self) -> dict[Path, list[str]]:
@@ -175,22 +183,51 @@ class Pattern:
             paths.setdefault(place.path, []).append(name)
         return paths
 
-    def _filled(self, leaf: Tensor | None, path: Path, names: list[str], dream: Run) -> Tensor:
-        """A tensor like an argument, with the dreamed values of some sites."""
-        if leaf is None:
-            return passes.value(dream.trace, names[-1])
-        filled, picks = leaf, []
+    def _fill(self, leaf: Tensor, path: Path, names: list[str], dream: Run) -> Tensor:
+        """A tensor like an argument, with dreamed values in the place of all observed ones.
+
+        Raises:
+            ValueError: The dream lacks sites, and real data would be left.
+        """
+        present = [name for name in names if name in dream.trace]
+        filled = self._filled(leaf, leaf, path, present, dream)
+        origins = [dream.observed[name].origin for name in present]
+        chains = [origin.picks for origin in origins if origin.path == path]
+        if rows := list(_dreamed_rows(leaf, chains, dream.trace)):
+            for dim, index in rows:
+                filled = filled.index_select(dim, index)
+            return filled
+        absent = [name for name in names if name not in present and name not in self.latents]
+        if absent and not self._is_covered(leaf, path, present, dream):
+            raise ValueError(
+                f"A dream of the model lacks the sites {absent}, whose data the argument "
+                f"'{self.names(path)}' holds, so the guide would be given real data beside dreamed "
+                "latents. Let the model sample these sites in every run (poutine.mask leaves out "
+                "what doesn't count), or pass bind=, a function (trace, args, kwargs) -> (args, "
+                "kwargs)."
+            )
+        return filled
+
+    def _filled(
+        self, leaf: Tensor, into: Tensor, path: Path, names: list[str], dream: Run
+    ) -> Tensor:
+        """A copy of a tensor, with the dreamed values of some sites where a leaf holds them."""
+        filled = into
         for name in names:
             seen, dreamed = dream.observed[name], self._dreamed(name, path, dream)
             if self.places[name].kind == "pick" and seen.origin.path == path:
-                filled = copied(leaf) if filled is leaf else filled
+                filled = copied(filled) if filled is into else filled
                 put_back(filled, seen.origin.picks, dreamed)
-                picks.append(seen.origin.picks)
             elif (fitted := substitute(leaf, seen.value, dreamed, filled)) is not None:
                 filled = fitted
             else:
                 raise self._misfit(name, path, dreamed, leaf)
-        return _without_other_rows(filled, picks[0], dream.trace) if picks else filled
+        return filled
+
+    def _is_covered(self, leaf: Tensor, path: Path, names: list[str], dream: Run) -> bool:
+        """Whether the dreamed values of some sites fill all of a leaf, whatever was there."""
+        backgrounds = (torch.full_like(leaf, x) for x in (0, 1))
+        return equal(*(self._filled(leaf, into, path, names, dream) for into in backgrounds))
 
     def _dreamed(self, name: str, path: Path, dream: Run) -> Tensor:
         """The dreamed value of a site; of data that are missing in part, only the other part."""
@@ -206,22 +243,6 @@ class Pattern:
             "draw as much as it observes (check its plates and event dimensions), or pass bind=, "
             "a function (trace, args, kwargs) -> (args, kwargs)."
         )
-
-    def _refuse_real_data(
-        self, leaf: Tensor | None, path: Path, names: list[str], present: list[str]
-    ) -> None:
-        """Checks that no real data are left in an argument where a dream lacks some sites."""
-        absent = [name for name in names if name not in present and name not in self.latents]
-        if leaf is None or not absent:
-            return
-        if not any(self.places[name].kind in ("itself", "copy") for name in present):
-            raise ValueError(
-                f"A dream of the model lacks the sites {absent}, whose data the argument "
-                f"'{self.names(path)}' holds, so the guide would be given real data beside dreamed "
-                "latents. Let the model sample these sites in every run (poutine.mask leaves out "
-                "what doesn't count), or pass bind=, a function (trace, args, kwargs) -> (args, "
-                "kwargs)."
-            )
 
     def check_completed(self, trace: Trace, completion: Trace) -> None:
         """Checks that the guide gave a value to each site that the model did not observe.
@@ -251,7 +272,7 @@ class Pattern:
         extra = [
             name
             for name, site in sampled.items()
-            if name not in dream and not site["infer"].get("is_auxiliary")
+            if not (name in dream or site["is_observed"] or site["infer"].get("is_auxiliary"))
         ]
         if extra:
             raise ValueError(
@@ -271,14 +292,15 @@ class Pattern:
             )
 
 
-def _without_other_rows(x: Tensor, picks: Picks, trace: Trace) -> Tensor:
-    """Overwrites the rows of an argument that a subsampled plate has left out with others."""
-    for name, index in passes.subsamples(trace).items():
-        plate: passes.Site = trace.nodes[name]
-        size, index = plate["fn"].size, index.to(x.device)
-        dim = subsampled_dim(x, picks, size, index) if len(index) < size else None
+def _dreamed_rows(x: Tensor, chains: list[Picks], trace: Trace) -> Iterator[tuple[int, Tensor]]:
+    """Which rows of a subsampled argument to show, by dimension.
+
+    Rows that a plate has left out hold data that nobody dreamed; others are shown instead.
+    """
+    for index, size in passes.left_out(trace):
+        kept = index.to(x.device)
+        dim = subsampled_dim(x, chains, size, kept) if chains else None
         if dim is not None:
-            rows = index[torch.arange(size, device=x.device) % len(index)]
-            rows[index] = index
-            x = x.index_select(dim, rows)
-    return x
+            rows = kept[torch.arange(size, device=x.device) % len(kept)]
+            rows[kept] = kept
+            yield dim, rows

@@ -25,7 +25,9 @@ VIEWS = frozenset(
     "T chunk mT movedim narrow permute select split swapaxes swapdims t tensor_split transpose "
     "unbind".split()
 )
-INDEXED = frozenset("__getitem__ flip index_select".split())
+INDEXED = frozenset(
+    "__getitem__ flip gather index_select masked_select roll take take_along_dim".split()
+)
 
 
 def name_of(function: Any) -> str:
@@ -62,16 +64,11 @@ class Pick:
 
     def put_back(self, x: Tensor, part: Tensor) -> None:
         """Copies elements to where they would be taken from."""
-
-        def index_select(dim: int, index: Tensor) -> None:
-            x.index_copy_(dim, index, part)
-
         if self.name == "__getitem__":
             x[self.args[0]] = part
-        elif self.name == "index_select":
-            index_select(*self.args, **self.kwargs)
-        elif self.name == "flip":
-            x.copy_(self(part))
+        elif self.name in INDEXED:
+            numbers = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+            x.put_(self(numbers), part)
         elif self.name in CASTS:  # what stays the same is not rounded
             x.copy_(torch.where(part == self(x), x, part.to(x.dtype)))
         else:
@@ -99,12 +96,13 @@ def put_back(x: Tensor, picks: Picks, value: Tensor) -> None:
         picks[0].put_back(x, part)
 
 
-def subsampled_dim(x: Tensor, picks: Picks, size: int, index: Tensor) -> int | None:
-    """The dimension of a size along which a chain of picks takes the elements of an index."""
+def subsampled_dim(x: Tensor, chains: list[Picks], size: int, index: Tensor) -> int | None:
+    """The dimension of a size along which chains of picks take the elements of an index."""
     for dim in (dim for dim in range(x.dim()) if x.shape[dim] == size):
         numbers = torch.arange(size, device=x.device).reshape(-1, *[1] * (x.dim() - dim - 1))
-        taken = take(numbers.expand(x.shape), tuple(p for p in picks if p.name not in CASTS))
-        if torch.equal(taken.unique(), index.to(x.device).sort().values):
+        numbers = numbers.expand(x.shape)
+        taken = [take(numbers, tuple(p for p in c if p.name not in CASTS)) for c in chains]
+        if torch.equal(torch.cat([t.flatten() for t in taken]).unique(), index.sort().values):
             return dim
     return None
 
@@ -159,8 +157,8 @@ class follow(TorchFunctionMode):  # noqa: N801
     ) -> None:
         name, x = name_of(func), args[0] if args and isinstance(args[0], Tensor) else None
         source = UNKNOWN if x is None else self.origin(x)
-        if x is not None and (name == "__setitem__" or (result is x and name not in IN_ORDER)):
-            self._origins[id(x)] = x, Origin(paths)  # changed in place
+        if x is not None and _changes(name, x, result):
+            self._origins[id(x)] = x, Origin(paths)
             return
         is_pick = source.path is not None and name in IN_ORDER | VIEWS | INDEXED
         for output, value in _outputs(result):
@@ -171,6 +169,13 @@ class follow(TorchFunctionMode):  # noqa: N801
                 pick = Pick(func, tuple(args[1:]), kwargs, output)
                 origin = Origin(paths, source.path, (*source.picks, pick))
             self._origins[id(value)] = value, origin
+
+
+def _changes(name: str, x: Tensor, result: Any) -> bool:
+    """Whether a function has changed its argument in place, as ``add_`` and ``x += 1`` do."""
+    is_underscored = name.endswith("_") and not name.endswith("__")
+    is_augmented = name.startswith("__i") and result is x
+    return name == "__setitem__" or is_underscored or is_augmented
 
 
 def _outputs(result: Any) -> Iterator[tuple[int | None, Tensor]]:

@@ -150,7 +150,9 @@ class _Rehearsal:
             masked=frozenset(
                 name for name, seen in self.observed.items() if seen.mask is not None
             ),
+            filled=frozenset(),
             missing=frozenset(),
+            is_subsampled=any(passes.left_out(self.dream.trace)),
             is_supervised=False,
             places=held,
             names=self.names,
@@ -173,7 +175,12 @@ class _Rehearsal:
             sampled = self.sampled_by_guide(full)
         self.refuse_unbound(self.observed.keys() - places.keys() - sampled)
         missing = vacancies.keys() - sampled
-        pattern = replace(draft, latents=draft.observed & sampled, missing=frozenset(missing))
+        pattern = replace(
+            draft,
+            latents=draft.observed & sampled,
+            filled=frozenset(n for n in draft.masked if n + passes.UNOBSERVED in sampled),
+            missing=frozenset(missing),
+        )
         if not pattern.lacks_data:
             return pattern
         if unknown := sorted(self.drawn - missing):
@@ -278,8 +285,7 @@ class _Rehearsal:
     def sampled_by_guide(self, pattern: Pattern) -> set[str]:
         """The sites of the guide, called with the dream."""
         trace = self.guide_at(self.dream, pattern.hand_over(self.dream, self.call))
-        split = {name + passes.UNOBSERVED: name for name in pattern.masked}
-        return {split.get(name, name) for name, _ in passes.sample_sites(trace)}
+        return {name for name, _ in passes.sample_sites(trace)}
 
     def data(self, pattern: Pattern, dreamed: Call) -> dict[str, Tensor]:
         """The arguments that hold dreamed data, by name."""
@@ -314,13 +320,18 @@ class _Rehearsal:
             if name in pattern.latents and name not in pattern.places:
                 continue
             dreamed, seen = passes.value(self.dream.trace, name), again.observed.get(name)
-            if seen is None or not close(seen.over(dreamed), dreamed):
+            if seen is None or not self.agree(name, seen.value, dreamed):
                 raise ValueError(
                     f"When the model is called with its dream of site '{name}' in the place of "
                     "the data, it doesn't observe that dream: the argument changes it (a cast "
                     "that rounds, say) or isn't the one. Tell with bind= how a dream becomes "
                     "arguments."
                 )
+
+    def agree(self, name: str, seen: Tensor, dreamed: Tensor) -> bool:
+        """Whether two values of a site are alike where they count."""
+        counting = passes.counting(self.sites[name])
+        return close(seen if counting is None else torch.where(counting, seen, dreamed), dreamed)
 
     def refuse_implicit(self, trace: Trace) -> None:
         """Checks that sites without a density stand where nothing is to be learned."""
@@ -340,7 +351,7 @@ class _Rehearsal:
 
     def depends_on_data(self, pattern: Pattern, trace: Trace) -> bool:
         """Whether other data change the guide's law, for networks that can't be watched."""
-        other = passes.dream(self.model, self.call, self.dream.trace, pattern.has_picks)
+        other = passes.dream(self.model, self.call, self.dream.trace, pattern.is_followed)
         again = self.guide_at(self.dream, pattern.hand_over(other, self.call))
         scored = passes.scored(trace, self.dream.trace)
         return passes.log_probs(trace, scored) != passes.log_probs(again, scored)
