@@ -26,7 +26,9 @@ from pyro import poutine
 from pyro.distributions import Delta, Independent, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
+from pyro.poutine.mask_messenger import MaskMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
@@ -36,7 +38,7 @@ from pyro_symeq.provenance import UNKNOWN, Origin, follow
 
 Site = Any  # pyro.poutine.runtime.Message, whose keys depend on its type
 
-OBSERVED, UNOBSERVED = "_observed", "_unobserved"
+OBSERVED, UNOBSERVED, OBS_MASK = "_observed", "_unobserved", "_obs_mask"
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,21 @@ class imagine(Messenger):  # noqa: N801
             msg["done"] = True
 
 
+class note_obs_mask(Messenger):  # noqa: N801
+    """Keeps the ``obs_mask=`` of a split site, to which other masks are added later."""
+
+    def _pyro_sample(self, msg: Site) -> None:
+        nearest = _PYRO_STACK[-1]
+        if msg["name"].endswith(OBSERVED) and isinstance(nearest, MaskMessenger):
+            msg["infer"] = {**(msg["infer"] or {}), OBS_MASK: nearest.mask}
+
+
 def run(program: Program, call: Call, *handlers: Messenger) -> Trace:
     """Runs a program under handlers, the last of them nearest to it, and returns the trace."""
     args, kwargs = call
     traced = poutine.trace(program)
     handled: Program = traced
-    for handler in reversed(handlers):
+    for handler in reversed([note_obs_mask(), *handlers]):
         handled = handler(handled)
     handled(*args, **kwargs)
     return traced.trace
@@ -228,13 +239,19 @@ def left_out(trace: Trace) -> Iterator[tuple[Tensor, int]]:
             yield index, plate["fn"].size
 
 
+def subsampled_plates(site: Site) -> set[str]:
+    """The plates around a site that leave out rows."""
+    frames = site["cond_indep_stack"]
+    return {f.name for f in frames if f.full_size is not None and f.size < f.full_size}
+
+
 def split_sites(trace: Trace) -> dict[str, Tensor]:
     """The random variables that are split by ``obs_mask=``, with their masks."""
     masks = {}
-    for name, site in trace.nodes.items():
+    for name in trace.nodes:
         part: Site = trace.nodes.get(name + OBSERVED)
-        if part is not None and _is_deterministic(site) and name + UNOBSERVED in trace:
-            masks[name] = part["mask"]
+        if part is not None and OBS_MASK in part["infer"] and name + UNOBSERVED in trace:
+            masks[name] = part["infer"][OBS_MASK]
     return masks
 
 

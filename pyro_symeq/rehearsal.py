@@ -128,6 +128,7 @@ class _Rehearsal:
             trace = self.guide_at(self.dream, dreamed)
         pattern.check_dreamed(self.dream.trace, trace)
         self.refuse_implicit(trace)
+        self.refuse_other_rows(trace)
         if not (reads.any(data.values()) or self.depends_on_data(pattern, trace)):
             raise ValueError(IGNORES_DATA.format(arguments=list(data)))
         for name, source in sources.items():
@@ -347,6 +348,18 @@ class _Rehearsal:
                 raise ValueError(
                     f"The guide's site '{name}' is Implicit, but the encoder learns from log q. "
                     "Give it a distribution with log_prob."
+                )
+
+    def refuse_other_rows(self, trace: Trace) -> None:
+        """Checks that both programs choose the rows of a subsample in the same plate."""
+        for name, site in passes.sample_sites(trace):
+            in_model = passes.subsampled_plates(self.sites[name]) if name in self.sites else set()
+            in_guide = passes.subsampled_plates(site)
+            if name in self.sites and in_model != in_guide:
+                raise ValueError(
+                    f"The site '{name}' is in the subsampled plates {sorted(in_model)} in the "
+                    f"model and {sorted(in_guide)} in the guide, so the two would speak of other "
+                    "rows. Use plates of the same names and sizes in both programs."
                 )
 
     def depends_on_data(self, pattern: Pattern, trace: Trace) -> bool:
