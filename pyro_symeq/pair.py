@@ -108,6 +108,15 @@ def _drawn_sites(trace: Trace, model_trace: Trace, given: Observations) -> tuple
     return drawn, {name: ~masks[name] for name in drawn if name in masks}
 
 
+def _refuse_weights_without_density(trace: Trace) -> None:
+    for name, site in passes.sample_sites(trace):
+        if passes.is_implicit(site):
+            raise ValueError(
+                f"Proposals are chosen by their weights p(x, z) / q(z | x), but the model's site "
+                f"'{name}' is Implicit and has no density. Set num_proposals=1."
+            )
+
+
 class _Misfit(Exception):
     """A run of the model did not observe what its pattern says."""
 
@@ -293,6 +302,7 @@ class Pair:
         trace = passes.replay(self._in_particles(self.model), call, passes.values(completion))
         run = Run(trace, passes.observations(trace))
         self._expect(pattern, run, call)
+        _refuse_weights_without_density(trace)
         drawn, masks = _drawn_sites(completion, trace, given)
         masks |= _unobserved(pattern, run)
         return Proposal(

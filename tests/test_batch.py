@@ -1,0 +1,69 @@
+"""Batches of different kinds make up a step."""
+
+import pyro
+import pytest
+import torch
+from pyro.optim import SGD
+
+from pyro_symeq import Batch, SymmetricEquilibrium, SymmetricUtility
+from tests.enumerable import Ladder, bits
+
+X = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
+Z0 = torch.tensor([[0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+Z1 = torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+
+
+def kinds(device):
+    x, z0, z1 = X.to(device), Z0.to(device), Z1.to(device)
+    return [
+        Batch(x, z0=z0).weighted(3.0),
+        Batch(x[:1]),
+        Batch(z0=z0, z1=z1).weighted(0.5),
+        Batch(x, z0, z1).weighted(0.0),
+    ]
+
+
+@pytest.mark.parametrize("player", ["decoder", "encoder"])
+def test_utilities_and_gradients_are_weighted_sums(player, device):
+    ladder = Ladder().to(device)
+    play = getattr(SymmetricUtility().pair(ladder.model, ladder.guide), player)
+    leaves = ladder.theta if player == "decoder" else ladder.phi
+    play((tuple(kinds(device)), {}))  # rehearse
+    pyro.set_rng_seed(1)
+    score = play((tuple(kinds(device)), {}))
+    pyro.set_rng_seed(1)
+    parts = [(batch.weight, play(batch.call)) for batch in kinds(device)]
+    assert torch.allclose(score.utility, sum(w * part.utility for w, part in parts))
+    gradients = [(w, part.gradients(leaves)) for w, part in parts]
+    for i, gradient in enumerate(score.gradients(leaves)):
+        terms = [w * parts[i] for w, parts in gradients if parts[i] is not None]
+        assert torch.allclose(gradient, sum(terms))
+    assert set(score.parameters) == set().union(*(part.parameters for _, part in parts))
+
+
+def test_a_step_moves_on_all_batches():
+    """The class is learned from the labelled rows, the images from all."""
+    ladder = Ladder()
+    symeq = SymmetricEquilibrium(ladder.model, ladder.guide, SGD({"lr": 0.1}))
+    labelled, unlabelled = Batch(X, z0=Z0).weighted(2.0), Batch(bits(3))
+    loss = symeq.step(labelled, unlabelled)
+    assert loss == -(loss.decoder + loss.encoder)
+    assert isinstance(symeq.evaluate_loss(labelled, unlabelled), float)
+    assert symeq.num_steps == 1
+
+
+@pytest.mark.parametrize(
+    "call", [((Batch(X), X), {}), ((Batch(X),), {"z0": Z0}), ((X,), {"z0": Batch(Z0)})]
+)
+def test_batches_and_plain_arguments_do_not_mix(call):
+    ladder = Ladder()
+    symeq = SymmetricEquilibrium(ladder.model, ladder.guide, SGD({"lr": 0.1}))
+    args, kwargs = call
+    with pytest.raises(TypeError, match="one Batch or several"):
+        symeq.step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_bad_weights_are_refused(weight):
+    with pytest.raises(ValueError, match="finite weight of at least 0"):
+        Batch(X).weighted(weight)
