@@ -1,11 +1,14 @@
+import os
+
 import pyro
 import pytest
 import torch
 from hypothesis import settings
 
-# The same examples in each run, however long the first of them takes.
+# The same examples in each run, however long the first of them takes; at night, many new ones.
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=200)
-settings.load_profile("tests")
+settings.register_profile("nightly", deadline=None, max_examples=800, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
