@@ -1,0 +1,78 @@
+"""What the example programs have in common for their users: options, and errors without traces."""
+
+import argparse
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+__all__ = ["count", "device", "ended_cleanly", "parser"]
+
+
+def parser(description: str, data: Iterable[str]) -> argparse.ArgumentParser:
+    """Makes a parser of the options that every program has.
+
+    Args:
+        description: What the program does.
+        data: The names of the data sets, the default first.
+    """
+    names = tuple(data)
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", choices=names, default=names[0], help="the data set")
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        default=Path(os.environ.get("PYRO_SYMEQ_DATA", "data")),
+        help="the folder of MNIST and Fashion-MNIST (default: $PYRO_SYMEQ_DATA, or data)",
+    )
+    parser.add_argument(
+        "--device",
+        type=device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and draws (default: 0)")
+    parser.add_argument("--steps", type=count, help="how many (default: depends on the data)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="the folder for results")
+    return parser
+
+
+def device(name: str) -> torch.device:
+    """Reads a device that can be used."""
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"can't use device {name!r}: {reason}") from error
+    return device
+
+
+def count(text: str) -> int:
+    """Reads a number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+@contextmanager
+def ended_cleanly(program: str, *errors: type[Exception]) -> Iterator[None]:
+    """Ends the program with a message, and no trace, where the user can help it.
+
+    Args:
+        program: Stands before the message.
+        errors: What ends the program, besides a missing package, a file that can't be used and an
+            interrupt.
+    """
+    expected: tuple[type[Exception], ...] = (OSError, *errors)
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        message = f'there is no {error.name} here. Run: pip install "pyro_symeq[examples]"'
+        raise SystemExit(f"{program}: {message}") from error
+    except expected as error:
+        raise SystemExit(f"{program}: {error}") from error
+    except KeyboardInterrupt as error:
+        raise SystemExit(f"{program}: interrupted") from error

@@ -1,0 +1,64 @@
+"""The loop in which a pair learns, whatever the inference algorithm."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from pyro.optim.lr_scheduler import PyroLRScheduler
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from tqdm import tqdm
+
+__all__ = ["Inference", "cosine", "train"]
+
+
+class Inference(Protocol):
+    """What ``SVI`` and ``SymmetricEquilibrium`` have in common."""
+
+    def step(self, *args: Any) -> float:
+        """Takes a step on a batch, and returns its loss (nats, summed over the batch)."""
+
+
+def cosine(steps: int, learning_rate: float, weight_decay: float = 0.0) -> PyroLRScheduler:
+    """AdamW, whose learning rate falls to zero along a cosine."""
+    optim_args = {"lr": learning_rate, "weight_decay": weight_decay}
+    return PyroLRScheduler(
+        CosineAnnealingLR,
+        {"optimizer": torch.optim.AdamW, "optim_args": optim_args, "T_max": steps},
+    )
+
+
+def train(
+    inference: Inference,
+    optim: PyroLRScheduler,
+    draw: Callable[[], tuple[Tensor, ...]],
+    steps: int,
+) -> float:
+    """Takes the steps, and shows how the loss falls.
+
+    Args:
+        inference: Takes a step on a batch.
+        optim: Its optimiser.
+        draw: Draws a batch: what model and guide take, with a row for each example.
+        steps: The number of steps.
+
+    Returns:
+        How long it took (seconds).
+    """
+    every = math.ceil(steps / 10)
+    mean = None
+    start = time.perf_counter()
+    with tqdm(total=steps, unit="step", mininterval=0.5) as bar:
+        for step in range(1, steps + 1):
+            batch = draw()
+            loss = inference.step(*batch) / len(batch[0])
+            optim.step()
+            mean = loss if mean is None else mean + 0.02 * (loss - mean)
+            bar.set_postfix_str(f"loss {mean:.1f} nats", refresh=False)
+            bar.update()
+            if step % every == 0:
+                seconds = time.perf_counter() - start
+                bar.write(f"step {step:6d}  {seconds:5.0f} s  loss {mean:7.2f}")
+    return time.perf_counter() - start
