@@ -14,7 +14,7 @@ from pyro_symeq.batch import batches
 from pyro_symeq.binding import Call, Program, layout
 from pyro_symeq.passes import Observations, Run
 from pyro_symeq.pattern import Pattern
-from pyro_symeq.proposals import Proposal, choose
+from pyro_symeq.proposals import Proposals, choose
 from pyro_symeq.rehearsal import Bind, aside, buffers_kept, rehearse
 
 Role = Literal["decoder", "encoder"]
@@ -70,7 +70,8 @@ class Draws:
 
     Args:
         num_particles: The number of draws whose utilities are averaged.
-        is_vectorized: Whether the decoder is scored at all of them in one run.
+        is_vectorized: Whether the guide completes data, and the decoder is scored, for all of them
+            in one run.
         max_plate_nesting: The number of batch dimensions of the programs, if it is known.
         num_proposals: The number of draws of the guide among which a completion is chosen.
     """
@@ -225,13 +226,31 @@ class Pair:
         self._nesting = max(self._nesting, passes.plate_nesting(run.trace))
         return found if pattern is None else pattern.extended(found, run)
 
-    def _in_particles(self, program: Program) -> Program:
-        """Draws all particles at once, along a plate to the left of all others."""
-        if not self.draws.is_vectorized:
-            return program
+    @property
+    def _particles_dim(self) -> int:
+        """The dimension of the plate of particles, to the left of all others."""
         nesting = self.draws.max_plate_nesting
-        dim = -1 - (self._nesting if nesting is None else nesting)
-        return pyro.plate("num_particles_vectorized", self.draws.num_particles, dim=dim)(program)
+        return -1 - (self._nesting if nesting is None else nesting)
+
+    @property
+    def _proposals_dim(self) -> int:
+        """The dimension of the plate of proposals, to the left of that of particles."""
+        return self._particles_dim - (self.draws.num_particles > 1)
+
+    def _in_particles(self, program: Program) -> Program:
+        """Draws all particles at once, if they are vectorised."""
+        if not self.draws.is_vectorized or self.draws.num_particles == 1:
+            return program
+        size = self.draws.num_particles
+        return pyro.plate("num_particles_vectorized", size, dim=self._particles_dim)(program)
+
+    def _proposing(self, program: Program) -> Program:
+        """Draws all proposals of all particles at once, if they are vectorised."""
+        program = self._in_particles(program)
+        if not self.draws.is_vectorized or self.draws.num_proposals == 1:
+            return program
+        size = self.draws.num_proposals
+        return pyro.plate("num_proposals_vectorized", size, dim=self._proposals_dim)(program)
 
     def _decoder(self, pattern: Pattern, call: Call) -> Score:
         _, run = self._wake(pattern, call)
@@ -284,31 +303,31 @@ class Pair:
 
     def _complete(self, pattern: Pattern, call: Call) -> tuple[Trace, dict[str, Tensor]]:
         """A run of the guide at the data, and the values for the model's latents."""
-        guide = self._in_particles(self.guide)
         given, rows = self._given(pattern, call)
-        completion = passes.fill_in(guide, call, given, rows)
-        if self.draws.num_proposals == 1:
-            return completion, passes.values(completion)
-        rows = passes.subsamples(completion)
-        others = [
-            passes.fill_in(guide, call, given, rows) for _ in range(self.draws.num_proposals - 1)
-        ]
-        proposals = [self._proposal(pattern, call, given, c) for c in (completion, *others)]
+        proposals: list[Proposals] = []
+        num_runs = 1 if self.draws.is_vectorized else self.draws.num_proposals
+        for _ in range(num_runs):
+            completion = passes.fill_in(self._proposing(self.guide), call, given, rows)
+            if self.draws.num_proposals == 1:
+                return completion, passes.values(completion)
+            rows = passes.subsamples(completion)
+            proposals.append(self._proposals(pattern, call, given, completion))
         return completion, choose(proposals)
 
-    def _proposal(
+    def _proposals(
         self, pattern: Pattern, call: Call, given: Observations, completion: Trace
-    ) -> Proposal:
-        trace = passes.replay(self._in_particles(self.model), call, passes.values(completion))
+    ) -> Proposals:
+        trace = passes.replay(self._proposing(self.model), call, passes.values(completion))
         run = Run(trace, passes.observations(trace))
         self._expect(pattern, run, call)
         _refuse_weights_without_density(trace)
         drawn, masks = _drawn_sites(completion, trace, given)
         masks |= _unobserved(pattern, run)
-        return Proposal(
+        return Proposals(
             completion,
             list(passes.terms(trace, *self._scored(pattern, run))),
             list(passes.terms(completion, drawn, masks)),
+            self._proposals_dim if self.draws.is_vectorized else None,
         )
 
     def _given(self, pattern: Pattern, call: Call) -> tuple[Observations, dict[str, Tensor]]:

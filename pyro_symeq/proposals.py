@@ -11,7 +11,6 @@ reweighted wake-sleep (Bornschein and Bengio, 2015, https://arxiv.org/abs/1406.2
 """
 
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -20,47 +19,67 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from pyro_symeq import passes
-from pyro_symeq.passes import Term
+from pyro_symeq.passes import Site, Term
 
 
 @dataclass(frozen=True)
-class Proposal:
-    r"""A draw of the guide, with the terms of its importance weight.
+class Proposals:
+    r"""One draw of the guide, or several along an outermost plate, with their importance weights.
 
     Args:
         completion: The trace of the guide.
         numerator: The terms of :math:`\log p_\theta(x, z)`.
         denominator: The terms of :math:`\log q_\varphi(z \mid x)`.
+        dim: The dimension of the plate of several draws.
     """
 
     completion: Trace
     numerator: list[Term]
     denominator: list[Term]
+    dim: int | None = None
+
+    def plate_dims(self) -> set[int]:
+        """The dimensions of the plates that all sites share."""
+        return set.intersection(*map(_plate_dims, (*self.numerator, *self.denominator)))
+
+    def log_weights(self, dims: set[int]) -> list[Tensor]:
+        """The logarithm of each draw's weight, by row of some plates."""
+        log_w = _sum(self.numerator, dims) - _sum(self.denominator, dims)
+        if self.dim is None:
+            return [log_w]
+        return [_last(log, -min(dims - {self.dim}, default=0)) for log in log_w.unbind(self.dim)]
+
+    def values(self, name: str, site: Site) -> list[Tensor]:
+        """The value of a site in each draw."""
+        value = passes.value(self.completion, name)
+        if self.dim is None:
+            return [value]
+        frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.dim != self.dim]
+        num_dims = max((-f.dim for f in frames), default=0) + site["fn"].event_dim
+        return [_last(draw, num_dims) for draw in value.unbind(0)]
 
 
-def choose(proposals: list[Proposal]) -> dict[str, Tensor]:
+def choose(proposals: list[Proposals]) -> dict[str, Tensor]:
     """Chooses a value for each site of the guide, row by row.
 
     Raises:
         ValueError: The proposals differ in their sites, so that their rows can't be mixed.
     """
-    traces = [proposal.completion for proposal in proposals]
-    sites = [dict(passes.sample_sites(trace)) for trace in traces]
+    sites = [dict(passes.sample_sites(some.completion)) for some in proposals]
     if differing := set().union(*sites) - set(sites[0]).intersection(*sites):
         raise ValueError(
             f"Only some draws of the guide have the sites {sorted(differing)}, so they can't be "
             "compared row by row. Let the guide sample the same sites in each run, or set "
             "num_proposals=1."
         )
-    shared = set.intersection(
-        *(_plate_dims(term) for p in proposals for term in chain(p.numerator, p.denominator))
-    )
-    log_w = [_sum(p.numerator, shared) - _sum(p.denominator, shared) for p in proposals]
-    logits = torch.nan_to_num(torch.stack(log_w, dim=-1), nan=-torch.inf)
-    chosen = Categorical(logits=logits.clamp(min=torch.finfo(logits.dtype).min)).sample()
-    return passes.subsamples(traces[0]) | {
-        name: _gather([passes.value(trace, name) for trace in traces], chosen, site["fn"])
+    rows = set.intersection(*(some.plate_dims() for some in proposals))
+    log_w = torch.stack([log for some in proposals for log in some.log_weights(rows)], dim=-1)
+    log_w = torch.nan_to_num(log_w, nan=-torch.inf).clamp(min=torch.finfo(log_w.dtype).min)
+    chosen = Categorical(logits=log_w).sample()
+    return passes.subsamples(proposals[0].completion) | {
+        name: _gather([x for some in proposals for x in some.values(name, site)], chosen, site)
         for name, site in sites[0].items()
+        if not site["is_observed"]
     }
 
 
@@ -77,12 +96,17 @@ def _summed(term: Term, dims: set[int]) -> Tensor:
     log_prob = scale_and_mask(term.log_prob, 1.0, term.mask)
     others = [dim for dim in range(-log_prob.dim(), 0) if dim not in dims]
     rows = log_prob.sum(others, keepdim=True) if others else log_prob
-    return rows.reshape(rows.shape[rows.dim() + min(dims, default=0) :])
+    return _last(rows, -min(dims, default=0))
 
 
-def _gather(draws: list[Tensor], chosen: Tensor, fn: passes.Site) -> Tensor:
+def _last(x: Tensor, num_dims: int) -> Tensor:
+    """Leaves out dimensions of size 1 before the last ones."""
+    return x.reshape(x.shape[x.dim() - num_dims :])
+
+
+def _gather(draws: list[Tensor], chosen: Tensor, site: Site) -> Tensor:
     """Takes the chosen draw of each row."""
-    index = chosen.reshape(chosen.shape + (1,) * fn.event_dim)
+    index = chosen.reshape(chosen.shape + (1,) * site["fn"].event_dim)
     shape = torch.broadcast_shapes(index.shape, draws[0].shape)
     stacked = torch.stack([draw.expand(shape) for draw in draws])
     return stacked.gather(0, index.expand(shape)[None])[0]

@@ -99,7 +99,7 @@ class SymmetricUtility(ELBO):
             not, it learns from dreams alone (eq. 16).
         num_particles: The number of draws whose utilities are averaged, in both passes.
         vectorize_particles: Whether the guide completes data, and the model is scored, for all
-            particles in one run, along an outermost plate. This needs programs that broadcast, as
+            particles and proposals in one run, along outermost plates. This needs programs that broadcast, as
             it does with Pyro's ELBOs. Dreams come one after another, because guides read the size
             of a batch off their arguments.
         max_plate_nesting: The number of batch dimensions that plates take up, for vectorised
@@ -148,7 +148,7 @@ class SymmetricUtility(ELBO):
         self.bind = bind
         self.draws = Draws(
             num_particles,
-            vectorize_particles and num_particles > 1,
+            vectorize_particles,
             None if math.isinf(max_plate_nesting) else int(max_plate_nesting),
             num_proposals,
         )

@@ -68,15 +68,18 @@ def chosen(log_p, log_q, num_proposals):
     return law
 
 
+@pytest.mark.parametrize("vectorize", [False, True], ids=["loop", "vectorised"])
 @pytest.mark.parametrize("num_proposals", [1, 3])
 @pytest.mark.parametrize("given", [False, True], ids=["none given", "z0 given"])
-def test_proposals_are_chosen_row_by_row_with_the_weight_p_over_q(num_proposals, given, device):
+def test_proposals_are_chosen_row_by_row_with_the_weight_p_over_q(
+    num_proposals, given, vectorize, device
+):
     """The frequencies of the states of 20,000 rows; 5 standard errors."""
     ladder, num_rows = Ladder().to(device), 20_000
     x = X[0].to(device).expand(num_rows, 3).contiguous()
     z0 = Z0[0].to(device)
     batch = {"x": x, "z0": z0.expand(num_rows, 2).contiguous()} if given else {"x": x}
-    utility = SymmetricUtility(num_proposals=num_proposals)
+    utility = SymmetricUtility(num_proposals=num_proposals, vectorize_particles=vectorize)
     pair = utility.pair(ladder.model, ladder.guide)
     _, trace = pair.wake(((), batch))
     states = torch.cat([trace.nodes[name]["value"] for name in ("z0", "z1")], -1)
@@ -92,7 +95,8 @@ def test_proposals_are_chosen_row_by_row_with_the_weight_p_over_q(num_proposals,
         assert_mean((states == state).all(-1).double(), probability)
 
 
-def test_proposals_under_nested_plates_masks_and_scales():
+@pytest.mark.parametrize("vectorize", [False, True], ids=["loop", "vectorised"])
+def test_proposals_under_nested_plates_masks_and_scales(vectorize):
     """Inner plates, masked rows and scales don't mix rows: each row is chosen as if alone."""
     num_rows, num_inner = 5000, 2
     x = torch.tensor([0.3, -0.4]).expand(num_rows, 2).contiguous()
@@ -110,7 +114,8 @@ def test_proposals_under_nested_plates_masks_and_scales():
         with pyro.plate("rows", num_rows, dim=-2):
             pyro.sample("z", dist.Bernoulli(logits=logits + 0 * x[:, :1]))
 
-    _, trace = SymmetricUtility(num_proposals=2).pair(model, guide).wake(((x,), {}))
+    utility = SymmetricUtility(num_proposals=2, vectorize_particles=vectorize)
+    _, trace = utility.pair(model, guide).wake(((x,), {}))
     z = torch.tensor([0.0, 1.0])
     log_q = dist.Bernoulli(logits=torch.tensor(0.5)).log_prob(z)
     prior = dist.Bernoulli(0.3).log_prob(z)
@@ -147,9 +152,10 @@ def test_counts_are_checked(option):
         SymmetricUtility(**{option: 0})
 
 
-def test_particles_of_batches():
+@pytest.mark.parametrize("vectorize", [False, True], ids=["loop", "vectorised"])
+def test_particles_of_batches(vectorize):
     ladder = Ladder()
-    utility = SymmetricUtility(num_particles=3, num_proposals=2)
+    utility = SymmetricUtility(num_particles=3, num_proposals=2, vectorize_particles=vectorize)
     symeq = SymmetricEquilibrium(ladder.model, ladder.guide, SGD({"lr": 0.1}), loss=utility)
     loss = symeq.step(Batch(X, z0=Z0), Batch(X))
     assert loss.decoder < 0 and loss.encoder < 0
