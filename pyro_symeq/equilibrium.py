@@ -24,9 +24,9 @@ from pyro.optim import PyroOptim
 
 from pyro_symeq import randomness
 from pyro_symeq.binding import Call, Program
-from pyro_symeq.pair import NOTHING_TO_LEARN, Score
 from pyro_symeq.player import Player, State
 from pyro_symeq.rehearsal import Bind, aside
+from pyro_symeq.score import NOTHING_TO_LEARN, Score
 from pyro_symeq.utility import SymmetricLoss, SymmetricUtility, check_count
 
 __all__ = ["SymmetricEquilibrium"]

@@ -1,10 +1,8 @@
 """A model and a guide, scored as the decoder and the encoder of a game."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-import pyro
 import torch
 from pyro.poutine import Trace
 from torch import Tensor
@@ -12,74 +10,220 @@ from torch import Tensor
 from pyro_symeq import passes
 from pyro_symeq.batch import batches
 from pyro_symeq.binding import Call, Program, layout
+from pyro_symeq.draws import Draws
 from pyro_symeq.passes import Observations, Run
 from pyro_symeq.pattern import Pattern
 from pyro_symeq.proposals import Proposals, choose
 from pyro_symeq.rehearsal import Bind, aside, buffers_kept, rehearse
+from pyro_symeq.score import Masks, Owners, Score, Scored, total
 
-Role = Literal["decoder", "encoder"]
-Masks = dict[str, Tensor]
 T = TypeVar("T")
 
-NOTHING_TO_LEARN = (
-    "There is nothing to learn: neither the model nor the guide touches a parameter. Declare "
-    "parameters with pyro.param, or register networks with pyro.module or as attributes of a "
-    "PyroModule."
-)
+
+class _Misfit(Exception):
+    """A run of the model did not observe what its pattern says."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
 
 
-@dataclass(frozen=True)
-class Score:
-    """A player's utility at one draw.
-
-    Args:
-        utility: The utility, a scalar with a graph to the player's program.
-        parameters: The player's parameters (leaves), by the names of their statements.
-        unnamed: Parameters of the player that its program uses without a statement.
-    """
-
-    utility: Tensor
-    parameters: dict[str, Tensor]
-    unnamed: list[Tensor]
-
-    def gradients(self, parameters: Iterable[Tensor]) -> list[Tensor | None]:
-        """The gradient of the negative utility in some of the player's parameters."""
-        leaves = list(parameters)
-        if not (leaves and self.utility.requires_grad):
-            return [None] * len(leaves)
-        return list(torch.autograd.grad(-self.utility, leaves, allow_unused=True))
-
-
-def _sum(scores: list[Score], weights: list[float]) -> Score:
-    """The weighted sum of utilities of one player."""
-    if len(scores) == 1 and weights == [1.0]:
-        return scores[0]
-    utility = torch.stack(
-        [weight * score.utility for weight, score in zip(weights, scores, strict=True)]
-    ).sum()
-    parameters: dict[str, Tensor] = {}
-    for score in scores:
-        parameters |= score.parameters
-    unnamed = dict.fromkeys(leaf for score in scores for leaf in score.unnamed)
-    return Score(utility, parameters, list(unnamed))
-
-
-@dataclass
-class Draws:
-    """How many draws make up a utility.
+class Pair:
+    """A model and a guide, with what is known of their batches and of who owns which parameter.
 
     Args:
-        num_particles: The number of draws whose utilities are averaged.
-        is_vectorized: Whether the guide completes data, and the decoder is scored, for all of them
-            in one run.
-        max_plate_nesting: The number of batch dimensions of the programs, if it is known.
-        num_proposals: The number of draws of the guide among which a completion is chosen.
+        model: The decoder's program.
+        guide: The encoder's program.
+        bind: How dreams are handed to the guide, see :class:`SymmetricUtility`.
+        supervise_encoder: Whether observed latents train the encoder too.
+        draws: How many draws make up a utility.
     """
 
-    num_particles: int = 1
-    is_vectorized: bool = False
-    max_plate_nesting: int | None = None
-    num_proposals: int = 1
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        bind: Bind | None,
+        supervise_encoder: bool,
+        draws: Draws,
+    ) -> None:
+        self.model = model
+        self.guide = guide
+        self.bind = bind
+        self.supervise_encoder = supervise_encoder
+        self.draws = draws
+        self._patterns: dict[Any, Pattern] = {}
+        self._owners = Owners()
+
+    def decoder(self, call: Call) -> Score:
+        r"""Scores the model at the data, completed by the guide.
+
+        Args:
+            call: The arguments of both programs, or batches of them.
+
+        Returns:
+            :math:`\log p_\theta(x, z)` with :math:`z \sim q_\varphi(z \mid x)`, where observed
+            latents keep their values. Missing data are left out: with latents alone,
+            :math:`\log p_\theta(z)`.
+        """
+        return self._total(self._decoder, call, self.draws.num_wakes)
+
+    def encoder(self, call: Call) -> Score:
+        r"""Scores the guide at a dream, and at the latents that the data hold.
+
+        Args:
+            call: The arguments of both programs, or batches of them.
+
+        Returns:
+            :math:`\log q_\varphi(z \mid x)` with :math:`(x, z) \sim p_\theta(x, z)`, plus
+            :math:`\log q_\varphi(y \mid x)` at observed latents :math:`y`. With latents alone,
+            :math:`\log q_\varphi(z \mid x)` with :math:`x \sim p_\theta(x \mid z)`.
+        """
+        return self._total(self._encoder, call, self.draws.num_particles)
+
+    def wake(self, call: Call) -> tuple[Trace, Trace]:
+        """Traces the guide at the data, without a graph, and the model at them so completed."""
+        completion, run = self._play(self._wake, call)
+        return completion, run.trace
+
+    def _total(
+        self, play: Callable[[Pattern, Call], Score], call: Call, num_repeats: int
+    ) -> Score:
+        """The weighted sum over batches, and the mean over repetitions, of scores."""
+        parts = batches(call) * num_repeats
+        scores = [self._play(play, batch.call) for batch in parts]
+        return total(scores, [batch.weight / num_repeats for batch in parts])
+
+    def _play(self, play: Callable[[Pattern, Call], T], call: Call) -> T:
+        """Plays with the pattern that such calls have, and looks again where it does not fit."""
+        key = layout(call)
+        pattern, misfit, has_looked = self._patterns.get(key), None, False
+        while True:
+            try:
+                if pattern is None or misfit is not None:
+                    pattern = self._look(call, misfit, pattern if has_looked else None)
+                    has_looked = True
+                    with aside():
+                        self._decoder(pattern, call)
+                        self._encoder(pattern, call)
+                result = play(pattern, call)
+                self._patterns[key] = pattern
+                return result
+            except _Misfit as error:
+                misfit = error.run
+                if has_looked and pattern is not None and pattern.knows(misfit):
+                    raise ValueError(
+                        f"The model observed {sorted(misfit.observed)} in one run and "
+                        f"{sorted(pattern.observed)} in another with the same arguments. Let the "
+                        "arguments, or draws of sites, decide which sites are observed."
+                    ) from None
+
+    def _look(self, call: Call, misfit: Run | None, pattern: Pattern | None) -> Pattern:
+        """Finds the pattern of a call, or of one more way that a run of its model can take."""
+        like = None if misfit is None else misfit.trace
+        found, run = rehearse(self.model, self.guide, call, self.bind, like)
+        self.draws.note(run.trace)
+        return found if pattern is None else pattern.extended(found, run)
+
+    def _decoder(self, pattern: Pattern, call: Call) -> Score:
+        _, run = self._wake(pattern, call)
+        score = self._owners.score("decoder", _scored(pattern, run))
+        return total([score], [self.draws.num_wakes / self.draws.num_particles])
+
+    def _encoder(self, pattern: Pattern, call: Call) -> Score:
+        dream = self._dream(pattern, call)
+        self._expect(pattern, dream, call)
+        dreamed = pattern.hand_over(dream, call)
+        trace = passes.replay(self.guide, dreamed, passes.values(dream.trace))
+        pattern.check_dreamed(dream.trace, trace)
+        scored = [Scored(trace, passes.scored(trace, dream.trace), _unobserved(pattern, dream))]
+        if pattern.is_supervised and self.supervise_encoder and not pattern.lacks_data:
+            given = {n: seen for n, seen in dream.observed.items() if n in pattern.latents}
+            at_data = passes.fill_in(self.guide, call, given, passes.subsamples(dream.trace))
+            scored.append(Scored(at_data, *_given_sites(at_data, given)))
+        return self._owners.score("encoder", *scored)
+
+    def _wake(self, pattern: Pattern, call: Call) -> tuple[Trace, Run]:
+        completion, values = Trace(), dict[str, Tensor]()
+        if not pattern.lacks_data:
+            try:
+                with torch.no_grad():
+                    completion, values = self._complete(pattern, call)
+            except ValueError:
+                pattern.check_finite(call)
+                raise
+        trace = passes.replay(self.draws.in_particles(self.model), call, values)
+        run = Run(trace, passes.observations(trace))
+        self._expect(pattern, run, call)
+        pattern.check_completed(trace, completion)
+        return completion, run
+
+    def _complete(self, pattern: Pattern, call: Call) -> tuple[Trace, dict[str, Tensor]]:
+        """A run of the guide at the data, and the values for the model's latents."""
+        given, rows = self._given(pattern, call)
+        proposals: list[Proposals] = []
+        guide = self.draws.in_proposals(self.guide)
+        for _ in range(self.draws.num_guesses):
+            completion = passes.fill_in(guide, call, given, rows)
+            if self.draws.num_proposals == 1:
+                return completion, passes.values(completion)
+            rows = passes.subsamples(completion)
+            proposals.append(self._proposals(pattern, call, given, completion))
+        return completion, choose(proposals)
+
+    def _proposals(
+        self, pattern: Pattern, call: Call, given: Observations, completion: Trace
+    ) -> Proposals:
+        trace = passes.replay(self.draws.in_proposals(self.model), call, passes.values(completion))
+        run = Run(trace, passes.observations(trace))
+        self._expect(pattern, run, call)
+        _refuse_weights_without_density(trace)
+        drawn, masks = _drawn_sites(completion, trace, given)
+        masks |= _unobserved(pattern, run)
+        scored = _scored(pattern, run)
+        return Proposals(
+            completion,
+            list(passes.terms(trace, scored.names, scored.masks)),
+            list(passes.terms(completion, drawn, masks)),
+            self.draws.proposals_dim if self.draws.is_vectorized else None,
+        )
+
+    def _given(self, pattern: Pattern, call: Call) -> tuple[Observations, dict[str, Tensor]]:
+        """The observed latents; the model is run to read those that no argument holds whole."""
+        given = pattern.given(call)
+        if given is not None:
+            return given, {}
+        with buffers_kept():
+            run = passes.dream(self.model, call)
+        return {
+            name: run.observed[name] for name in pattern.latents & run.observed.keys()
+        }, passes.subsamples(run.trace)
+
+    def _dream(self, pattern: Pattern, call: Call) -> Run:
+        if not pattern.lacks_data:
+            return passes.dream(self.model, call, followed=pattern.is_followed)
+        with torch.no_grad():
+            trace = passes.fill_in(self.model, call, {})
+        return Run(trace, passes.observations(trace))
+
+    def _expect(self, pattern: Pattern, run: Run, call: Call) -> None:
+        if not pattern.fits(run, call):
+            raise _Misfit(run)
+
+
+def _scored(pattern: Pattern, run: Run) -> Scored:
+    """Where the model is scored."""
+    names = [
+        name
+        for name, site in passes.sample_sites(run.trace)
+        if name not in pattern.missing and not passes.is_implicit(site)
+    ]
+    masks = {
+        name: seen.mask
+        for name, seen in run.observed.items()
+        if seen.mask is not None and name not in pattern.latents | pattern.filled
+    }
+    return Scored(run.trace, names + passes.factors(run.trace), masks)
 
 
 def _unobserved(pattern: Pattern, run: Run) -> Masks:
@@ -116,297 +260,3 @@ def _refuse_weights_without_density(trace: Trace) -> None:
                 f"Proposals are chosen by their weights p(x, z) / q(z | x), but the model's site "
                 f"'{name}' is Implicit and has no density. Set num_proposals=1."
             )
-
-
-class _Misfit(Exception):
-    """A run of the model did not observe what its pattern says."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__()
-        self.run = run
-
-
-class Pair:
-    """A model and a guide, with what is known of their batches and of who owns which parameter.
-
-    Args:
-        model: The decoder's program.
-        guide: The encoder's program.
-        bind: How dreams are handed to the guide, see :class:`SymmetricUtility`.
-        supervise_encoder: Whether observed latents train the encoder too.
-        draws: How many draws make up a utility.
-    """
-
-    def __init__(
-        self,
-        model: Program,
-        guide: Program,
-        bind: Bind | None,
-        supervise_encoder: bool,
-        draws: Draws,
-    ) -> None:
-        self.model = model
-        self.guide = guide
-        self.bind = bind
-        self.supervise_encoder = supervise_encoder
-        self.draws = draws
-        self._patterns: dict[Any, Pattern] = {}
-        self._of_decoder: set[Tensor] = set()
-        self._uses_unnamed: dict[tuple[str, ...], bool] = {}
-        self._nesting = 0
-
-    def decoder(self, call: Call) -> Score:
-        r"""Scores the model at the data, completed by the guide.
-
-        Args:
-            call: The arguments of both programs, or batches of them.
-
-        Returns:
-            :math:`\log p_\theta(x, z)` with :math:`z \sim q_\varphi(z \mid x)`, where observed
-            latents keep their values. Missing data are left out: with latents alone,
-            :math:`\log p_\theta(z)`.
-        """
-        repeats = 1 if self.draws.is_vectorized else self.draws.num_particles
-        return self._total(self._decoder, call, repeats)
-
-    def encoder(self, call: Call) -> Score:
-        r"""Scores the guide at a dream, and at the latents that the data hold.
-
-        Args:
-            call: The arguments of both programs, or batches of them.
-
-        Returns:
-            :math:`\log q_\varphi(z \mid x)` with :math:`(x, z) \sim p_\theta(x, z)`, plus
-            :math:`\log q_\varphi(y \mid x)` at observed latents :math:`y`. With latents alone,
-            :math:`\log q_\varphi(z \mid x)` with :math:`x \sim p_\theta(x \mid z)`.
-        """
-        return self._total(self._encoder, call, self.draws.num_particles)
-
-    def wake(self, call: Call) -> tuple[Trace, Trace]:
-        """Traces the guide at the data, without a graph, and the model at them so completed."""
-        completion, run = self._play(self._wake, call)
-        return completion, run.trace
-
-    def _total(
-        self, play: Callable[[Pattern, Call], Score], call: Call, num_repeats: int
-    ) -> Score:
-        """The weighted sum over batches, and the mean over repetitions, of scores."""
-        parts = batches(call) * num_repeats
-        scores = [self._play(play, batch.call) for batch in parts]
-        return _sum(scores, [batch.weight / num_repeats for batch in parts])
-
-    def _play(self, play: Callable[[Pattern, Call], T], call: Call) -> T:
-        """Plays with the pattern that such calls have, and looks again where it does not fit."""
-        key = layout(call)
-        pattern, misfit, has_looked = self._patterns.get(key), None, False
-        while True:
-            try:
-                if pattern is None or misfit is not None:
-                    pattern = self._look(call, misfit, pattern if has_looked else None)
-                    has_looked = True
-                    with aside():
-                        self._decoder(pattern, call)
-                        self._encoder(pattern, call)
-                result = play(pattern, call)
-                self._patterns[key] = pattern
-                return result
-            except _Misfit as error:
-                misfit = error.run
-                if has_looked and pattern is not None and pattern.knows(misfit):
-                    raise ValueError(
-                        f"The model observed {sorted(misfit.observed)} in one run and "
-                        f"{sorted(pattern.observed)} in another with the same arguments. Let the "
-                        "arguments, or draws of sites, decide which sites are observed."
-                    ) from None
-
-    def _look(self, call: Call, misfit: Run | None, pattern: Pattern | None) -> Pattern:
-        """Finds the pattern of a call, or of one more way that a run of its model can take."""
-        like = None if misfit is None else misfit.trace
-        found, run = rehearse(self.model, self.guide, call, self.bind, like)
-        self._nesting = max(self._nesting, passes.plate_nesting(run.trace))
-        return found if pattern is None else pattern.extended(found, run)
-
-    @property
-    def _particles_dim(self) -> int:
-        """The dimension of the plate of particles, to the left of all others."""
-        nesting = self.draws.max_plate_nesting
-        return -1 - (self._nesting if nesting is None else nesting)
-
-    @property
-    def _proposals_dim(self) -> int:
-        """The dimension of the plate of proposals, to the left of that of particles."""
-        return self._particles_dim - (self.draws.num_particles > 1)
-
-    def _in_particles(self, program: Program) -> Program:
-        """Draws all particles at once, if they are vectorised."""
-        if not self.draws.is_vectorized or self.draws.num_particles == 1:
-            return program
-        size = self.draws.num_particles
-        return pyro.plate("num_particles_vectorized", size, dim=self._particles_dim)(program)
-
-    def _proposing(self, program: Program) -> Program:
-        """Draws all proposals of all particles at once, if they are vectorised."""
-        program = self._in_particles(program)
-        if not self.draws.is_vectorized or self.draws.num_proposals == 1:
-            return program
-        size = self.draws.num_proposals
-        return pyro.plate("num_proposals_vectorized", size, dim=self._proposals_dim)(program)
-
-    def _decoder(self, pattern: Pattern, call: Call) -> Score:
-        _, run = self._wake(pattern, call)
-        score = self._score("decoder", (run.trace, *self._scored(pattern, run)))
-        return _sum([score], [1 / self.draws.num_particles if self.draws.is_vectorized else 1.0])
-
-    def _scored(self, pattern: Pattern, run: Run) -> tuple[list[str], Masks]:
-        """Where the model is scored."""
-        names = [
-            name
-            for name, site in passes.sample_sites(run.trace)
-            if name not in pattern.missing and not passes.is_implicit(site)
-        ]
-        masks = {
-            name: seen.mask
-            for name, seen in run.observed.items()
-            if seen.mask is not None and name not in pattern.latents | pattern.filled
-        }
-        return names + passes.factors(run.trace), masks
-
-    def _encoder(self, pattern: Pattern, call: Call) -> Score:
-        dream = self._dream(pattern, call)
-        self._expect(pattern, dream, call)
-        dreamed = pattern.hand_over(dream, call)
-        trace = passes.replay(self.guide, dreamed, passes.values(dream.trace))
-        pattern.check_dreamed(dream.trace, trace)
-        scored: list[tuple[Trace, list[str], Masks]] = [
-            (trace, passes.scored(trace, dream.trace), _unobserved(pattern, dream))
-        ]
-        if pattern.is_supervised and self.supervise_encoder and not pattern.lacks_data:
-            given = {n: seen for n, seen in dream.observed.items() if n in pattern.latents}
-            at_data = passes.fill_in(self.guide, call, given, passes.subsamples(dream.trace))
-            scored.append((at_data, *_given_sites(at_data, given)))
-        return self._score("encoder", *scored)
-
-    def _wake(self, pattern: Pattern, call: Call) -> tuple[Trace, Run]:
-        completion, values = Trace(), dict[str, Tensor]()
-        if not pattern.lacks_data:
-            try:
-                with torch.no_grad():
-                    completion, values = self._complete(pattern, call)
-            except ValueError:
-                pattern.check_finite(call)
-                raise
-        trace = passes.replay(self._in_particles(self.model), call, values)
-        run = Run(trace, passes.observations(trace))
-        self._expect(pattern, run, call)
-        pattern.check_completed(trace, completion)
-        return completion, run
-
-    def _complete(self, pattern: Pattern, call: Call) -> tuple[Trace, dict[str, Tensor]]:
-        """A run of the guide at the data, and the values for the model's latents."""
-        given, rows = self._given(pattern, call)
-        proposals: list[Proposals] = []
-        num_runs = 1 if self.draws.is_vectorized else self.draws.num_proposals
-        for _ in range(num_runs):
-            completion = passes.fill_in(self._proposing(self.guide), call, given, rows)
-            if self.draws.num_proposals == 1:
-                return completion, passes.values(completion)
-            rows = passes.subsamples(completion)
-            proposals.append(self._proposals(pattern, call, given, completion))
-        return completion, choose(proposals)
-
-    def _proposals(
-        self, pattern: Pattern, call: Call, given: Observations, completion: Trace
-    ) -> Proposals:
-        trace = passes.replay(self._proposing(self.model), call, passes.values(completion))
-        run = Run(trace, passes.observations(trace))
-        self._expect(pattern, run, call)
-        _refuse_weights_without_density(trace)
-        drawn, masks = _drawn_sites(completion, trace, given)
-        masks |= _unobserved(pattern, run)
-        return Proposals(
-            completion,
-            list(passes.terms(trace, *self._scored(pattern, run))),
-            list(passes.terms(completion, drawn, masks)),
-            self._proposals_dim if self.draws.is_vectorized else None,
-        )
-
-    def _given(self, pattern: Pattern, call: Call) -> tuple[Observations, dict[str, Tensor]]:
-        """The observed latents; the model is run to read those that no argument holds whole."""
-        given = pattern.given(call)
-        if given is not None:
-            return given, {}
-        with buffers_kept():
-            run = passes.dream(self.model, call)
-        return {
-            name: run.observed[name] for name in pattern.latents & run.observed.keys()
-        }, passes.subsamples(run.trace)
-
-    def _dream(self, pattern: Pattern, call: Call) -> Run:
-        if not pattern.lacks_data:
-            return passes.dream(self.model, call, followed=pattern.is_followed)
-        with torch.no_grad():
-            trace = passes.fill_in(self.model, call, {})
-        return Run(trace, passes.observations(trace))
-
-    def _expect(self, pattern: Pattern, run: Run, call: Call) -> None:
-        if not pattern.fits(run, call):
-            raise _Misfit(run)
-
-    def _score(self, role: Role, *scored: tuple[Trace, list[str], Masks]) -> Score:
-        """Sums the log-probabilities at sites of a player's program; finds its own parameters."""
-        log_probs = [
-            (name, log_prob)
-            for trace, names, masks in scored
-            for name, log_prob in passes.log_probs(trace, names, masks).items()
-        ]
-        utility = torch.stack([log_prob for _, log_prob in log_probs]).sum()
-        _refuse_infinite(role, utility, log_probs)
-        parameters: dict[str, Tensor] = {}
-        for trace, _, _ in scored:
-            parameters |= passes.parameters(trace)
-        unnamed = self._unnamed(role, utility, parameters, scored[0][0])
-        if role == "decoder":
-            self._of_decoder.update(parameters.values(), unnamed)
-        else:
-            parameters = {n: p for n, p in parameters.items() if p not in self._of_decoder}
-            unnamed = [p for p in unnamed if p not in self._of_decoder]
-        return Score(utility, parameters, unnamed)
-
-    def _unnamed(
-        self, role: Role, utility: Tensor, parameters: dict[str, Tensor], trace: Trace
-    ) -> list[Tensor]:
-        """Finds the leaves behind a utility that no parameter statement names.
-
-        The graph is searched once for each set of sites, and always where there are such leaves.
-        """
-        sites = (role, *trace.nodes)
-        if not utility.requires_grad or not self._uses_unnamed.get(sites, True):
-            return []
-        named = set(parameters.values())
-        unnamed = [leaf for leaf in _graph_leaves(utility) if leaf not in named]
-        self._uses_unnamed[sites] = bool(unnamed)
-        return unnamed
-
-
-def _refuse_infinite(role: Role, utility: Tensor, log_probs: list[tuple[str, Tensor]]) -> None:
-    if not torch.isfinite(utility):
-        sites = {name: value.item() for name, value in log_probs if not torch.isfinite(value)}
-        raise ValueError(
-            f"Expected a finite utility of the {role}, got these log-probabilities (nats): "
-            f"{sites}. Look for NaN in the data, for values outside the support of these sites, "
-            "and for a learning rate that is too large."
-        )
-
-
-def _graph_leaves(value: Tensor) -> Iterator[Tensor]:
-    """Walks over the tensors that a gradient of a value would be accumulated in."""
-    nodes = [value.grad_fn]
-    seen = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        nodes.extend(parent for parent, _ in node.next_functions)

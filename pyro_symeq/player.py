@@ -11,7 +11,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_symeq.binding import Call
-from pyro_symeq.pair import Score
+from pyro_symeq.score import Score
 
 State = dict[str, Any]
 

@@ -24,8 +24,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyro_symeq.binding import Call, Program
-from pyro_symeq.pair import NOTHING_TO_LEARN, Draws, Pair
+from pyro_symeq.draws import Draws
+from pyro_symeq.pair import Pair
 from pyro_symeq.rehearsal import Bind
+from pyro_symeq.score import NOTHING_TO_LEARN
 
 __all__ = ["SymmetricLoss", "SymmetricUtility"]
 
@@ -148,9 +150,9 @@ class SymmetricUtility(ELBO):
         self.bind = bind
         self.draws = Draws(
             num_particles,
+            num_proposals,
             vectorize_particles,
             None if math.isinf(max_plate_nesting) else int(max_plate_nesting),
-            num_proposals,
         )
         self.supervise_encoder = supervise_encoder
         self._pairs: dict[tuple[Program, Program], Pair] = {}
