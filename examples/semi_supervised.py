@@ -79,17 +79,17 @@ class Settings:
         num_channels: The number of channels of the encoder's first convolution.
     """
 
-    steps: int = 6000
+    steps: int = 2400
     batch_size: int = 64
     num_labelled: int = 16
     weight: float = 1.0
-    encoder_warmup: int = 200
+    encoder_warmup: int = 800
     num_proposals: int = 4
     decoder_rate: float = 2e-3
     encoder_rate: float = 2e-3
     num_bits: int = 4
-    width: int = 300
-    num_channels: int = 16
+    width: int = 200
+    num_channels: int = 12
 
 
 class Decoder(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor
 Path = tuple[Any, ...]
 Program = Callable[..., Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # args, kwargs
-Kind = Literal["itself", "view", "copy", "pick"]
+Kind = Literal["itself", "view", "copy", "pick", "told"]
 
 
 def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

@@ -369,6 +369,11 @@ def is_implicit(site: Site) -> bool:
     return isinstance(_base(site["fn"]), Implicit)
 
 
+def is_point(site: Site) -> bool:
+    """Whether the distribution of a site has all its mass at a point."""
+    return isinstance(_base(site["fn"]), Delta)
+
+
 def _is_computed(site: Site) -> bool:
     return site_is_factor(site) or _is_deterministic(site)
 

@@ -38,7 +38,8 @@ class Place:
     Args:
         path: The path to the argument.
         kind: Whether the value is the argument itself, or a view of all of it; a view of a part; a
-            copy of all of it, such as a cast; or a copy of a part, picked by a subsample, say.
+            copy of all of it, such as a cast; a copy of a part, picked by a subsample, say; or
+            computed from an argument, which stands for it by the user's word.
         dtype: The type of the value.
     """
 
@@ -53,10 +54,9 @@ class Place:
             return False
         if self.kind == "pick":
             return not observation.origin.paths or observation.origin.path == self.path
-        if self.kind == "copy":
-            return leaf.numel() == value.numel() and (
-                not is_validation_enabled() or equal(leaf, value)
-            )
+        if self.kind in ("copy", "told"):
+            is_checked = self.kind == "copy" and is_validation_enabled()
+            return leaf.numel() == value.numel() and (not is_checked or equal(leaf, value))
         return same_memory(leaf, value) or is_part(leaf, value)
 
 

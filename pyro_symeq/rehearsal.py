@@ -5,6 +5,8 @@ argument holds each of them, hands the guide a dream in the place of the data, a
 that cannot learn before anything moves.
 """
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +16,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import Trace
 from torch import Tensor
+from torch.distributions import Distribution, Transform
 from torch.overrides import TorchFunctionMode
 
 from pyro_symeq import passes, randomness
@@ -34,7 +37,7 @@ from pyro_symeq.binding import (
 )
 from pyro_symeq.passes import Observation, Run
 from pyro_symeq.pattern import Pattern, Place
-from pyro_symeq.provenance import name_of, take
+from pyro_symeq.provenance import follow, name_of, take
 
 Bind = Mapping[str, str] | Callable[[Trace, tuple[Any, ...], dict[str, Any]], Call]
 
@@ -124,8 +127,13 @@ class _Rehearsal:
         dreamed = pattern.hand_over(self.dream, self.call)
         self.refuse_wrong_pairing(pattern, dreamed)
         data, sources = self.data(pattern, dreamed), self.sources(pattern, dreamed)
-        with _Reads([*data.values(), *sources.values()]) as reads:
-            trace = self.guide_at(self.dream, dreamed)
+        latents = passes.values(self.dream.trace)
+        with (
+            torch.enable_grad(),
+            _Reads([*data.values(), *sources.values()]) as reads,
+            follow((dreamed, {"latents": latents})) as followed,
+        ):
+            trace = passes.replay(self.guide, dreamed, latents)
         pattern.check_dreamed(self.dream.trace, trace)
         self.refuse_implicit(trace)
         self.refuse_other_rows(trace)
@@ -134,6 +142,7 @@ class _Rehearsal:
         for name, source in sources.items():
             if reads.any([source]):
                 raise ValueError(self.cannot_tell(name, []))
+        self.warn_of_priors(pattern, trace, followed)
         is_supervised = bool(pattern.latents or passes.observations(trace))
         return replace(pattern, is_supervised=is_supervised)
 
@@ -224,8 +233,8 @@ class _Rehearsal:
     def kind(self, leaf: Tensor, path: Path, seen: Observation) -> Kind:
         """How an argument holds an observed value."""
         how = kind(leaf, seen.value)
-        if how == "copy" and not equal(leaf, seen.value) and self.is_picked(seen):
-            return "pick" if seen.origin.path == path else how
+        if how == "copy" and not equal(leaf, seen.value):
+            return "pick" if seen.origin.path == path and self.is_picked(seen) else "told"
         return how
 
     def is_picked(self, seen: Observation) -> bool:
@@ -264,6 +273,9 @@ class _Rehearsal:
                 raise ValueError(
                     f"bind= names the site '{name}'; the model samples {sorted(sites)}."
                 )
+        for name, count in Counter(bind.values()).items():
+            if count > 1:
+                raise ValueError(self.several(name, [a for a in bind if bind[a] == name]))
         return {name: paths[argument] for argument, name in bind.items()}
 
     def vacancy(self, name: str, places: Mapping[str, Place]) -> Path | None:
@@ -325,8 +337,8 @@ class _Rehearsal:
                 raise ValueError(
                     f"When the model is called with its dream of site '{name}' in the place of "
                     "the data, it doesn't observe that dream: the argument changes it (a cast "
-                    "that rounds, say) or isn't the one. Tell with bind= how a dream becomes "
-                    "arguments."
+                    "that rounds, say), isn't the one, or poutine.condition holds the value fast. "
+                    "Tell with bind= how a dream becomes arguments."
                 )
 
     def agree(self, name: str, seen: Tensor, dreamed: Tensor) -> bool:
@@ -344,10 +356,11 @@ class _Rehearsal:
                     "Give it a distribution with log_prob."
                 )
         for name, site in passes.sample_sites(trace):
-            if passes.is_implicit(site) and name in self.sites:
+            if name in self.sites and (passes.is_implicit(site) or passes.is_point(site)):
+                what = "Implicit" if passes.is_implicit(site) else "a Delta"
                 raise ValueError(
-                    f"The guide's site '{name}' is Implicit, but the encoder learns from log q. "
-                    "Give it a distribution with log_prob."
+                    f"The guide's site '{name}' is {what}, but the encoder learns from log q. "
+                    "Give it a distribution with log_prob that spreads its draws."
                 )
 
     def refuse_other_rows(self, trace: Trace) -> None:
@@ -369,24 +382,69 @@ class _Rehearsal:
         scored = passes.scored(trace, self.dream.trace)
         return passes.log_probs(trace, scored) != passes.log_probs(again, scored)
 
+    def warn_of_priors(self, pattern: Pattern, trace: Trace, followed: follow) -> None:
+        """Warns of sites that the guide draws from laws of their own, whatever the data are."""
+        free = {
+            name: site
+            for name, site in passes.sample_sites(trace)
+            if name in self.sites
+            and not any(followed.origin(x).paths for x in _tensors(site["fn"]))
+            and _has_parameters(site)
+        }
+        if not free:
+            return
+        other = passes.dream(self.model, self.call, followed=pattern.is_followed)
+        again = self.guide_at(other, pattern.hand_over(other, self.call))
+        laws = {name: site["fn"] for name, site in passes.sample_sites(again)}
+        for name, site in free.items():
+            if name in laws and _same_law(site["fn"], laws[name], site["value"]):
+                warnings.warn(
+                    f"The law of the guide's site '{name}' has parameters of its own and depends "
+                    "neither on the data nor on other latents. On dreams it can only learn the "
+                    f"prior of '{name}'. Compute it from the guide's arguments.",
+                    stacklevel=2,
+                )
+
     def cannot_tell(self, name: str, paths: list[Path]) -> str:
         """Says that none or several of the arguments hold a value, and what to do."""
-        holders = [self.names(path) for path in paths]
+        if paths:
+            return self.several(name, [self.names(path) for path in paths])
         tensors = [self.names(p) for p, leaf in leaves(self.call) if isinstance(leaf, Tensor)]
-        problem = (
-            f"Several arguments hold the observed value of site '{name}': {holders}"
-            if holders
-            else f"No argument holds the observed value of site '{name}', as a tensor or a "
-            "view, reshape or cast of it; an indexed copy or a computed value is none of these "
-            f"(tensor arguments: {tensors})"
-        )
-        example = (holders or tensors or ["argument"])[0]
+        example = tensors[0] if tensors else "argument"
         return (
-            f"{problem}. So a dream of '{name}' can't be handed to the guide. Pass the observed "
-            "value itself as an argument of model and guide, or tell which argument stands for it "
-            f"with bind={{'{example}': '{name}'}} or with a function "
-            "bind=(trace, args, kwargs) -> (args, kwargs)."
+            f"No argument holds the observed value of site '{name}', as a tensor or as a part, "
+            "view, cast or indexed copy of one; it is computed, or comes from elsewhere, a closure "
+            f"or poutine.condition, say (tensor arguments: {tensors}). So a dream of '{name}' "
+            "can't be handed to the guide. Pass the observed value itself as an argument of model "
+            f"and guide, or tell which argument stands for it with bind={{'{example}': '{name}'}} "
+            "or with a function bind=(trace, args, kwargs) -> (args, kwargs)."
         )
+
+    def several(self, name: str, arguments: list[str]) -> str:
+        """Says that several arguments hold a value, and what to do."""
+        return (
+            f"Several arguments hold the observed value of site '{name}': {arguments}. So a dream "
+            f"of '{name}' can't be handed to the guide. Pass the value once, or hand the dream "
+            "over with a function bind=(trace, args, kwargs) -> (args, kwargs)."
+        )
+
+
+def _tensors(law: Any) -> Iterator[Tensor]:
+    """The tensors that a distribution, or a transform in it, is made of."""
+    for _, part in leaves(vars(law)):
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, (Distribution, Transform)):
+            yield from _tensors(part)
+
+
+def _has_parameters(site: passes.Site) -> bool:
+    with torch.enable_grad():
+        return site["fn"].log_prob(site["value"]).requires_grad
+
+
+def _same_law(a: Any, b: Any, value: Tensor) -> bool:
+    return bool(a.batch_shape == b.batch_shape and equal(a.log_prob(value), b.log_prob(value)))
 
 
 def _depends_on_parameters(site: passes.Site) -> bool:

@@ -151,7 +151,7 @@ def test_the_guide_is_scored_at_the_very_dream():
     ],
 )
 def test_bind_tells_what_cannot_be_found_out(bind):
-    pair = Watched(lambda x: x.clone(), look=lambda x: x)
+    pair = Watched(lambda x: x * 1.0, look=lambda x: x)
     x = images()
 
     def model(x):
@@ -384,10 +384,9 @@ class TestErrors:
         x = images(dtype=torch.uint8)
         self.refuse(pair.model, pair.guide, x, x.bool(), match="Several arguments hold")
 
-    def test_an_indexed_copy(self):
-        rows = torch.arange(B)
-        pair = Watched(lambda x: x[rows], look=lambda x: x)
-        self.refuse(pair.model, pair.guide, images(), match="an indexed copy")
+    def test_a_computed_value(self):
+        pair = Watched(lambda x: 1 - x, look=lambda x: x)
+        self.refuse(pair.model, pair.guide, images(), match="it is computed, or comes from else")
 
     def test_unknown_names(self):
         pair = Watched(lambda x: x)
@@ -542,3 +541,21 @@ def test_what_lies_elsewhere_is_no_part(case):
     halves = torch.cat([leaf, leaf]).split(len(leaf))
     assert find(view(halves[0]), (halves, {})) == [(0, 0)]
     assert find(view(halves[1]), (halves, {})) == [(0, 1)]
+
+
+def test_a_dict_stands_for_a_computed_value_of_the_same_size():
+    """The model observes a threshold of its argument; a dream passes it unchanged."""
+    pair = Watched(lambda x: (x > 0.5).double())
+    bind = {"args.0": "x"}
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, SGD({"lr": 0.1}), bind=bind)
+    for _ in range(3):
+        symeq.step(images() * 0.7)
+
+
+def test_a_dict_names_one_argument_for_a_site():
+    pair = Watched(lambda a, b: a, look=lambda a, b: a)
+    bind = {"args.0": "x", "args.1": "x"}
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, SGD({"lr": 0.1}), bind=bind)
+    match = r"Several arguments hold.*\['args.0', 'args.1'\].*function bind="
+    with pytest.raises(ValueError, match=match):
+        symeq.step(images(), images())

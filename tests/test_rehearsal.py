@@ -399,3 +399,77 @@ def test_losses_of_partial_batches_count_what_is_there():
     normal = dist.Normal(0.0, 1.0)
     expected = normal.log_prob(z).sum() + normal.log_prob(2 * z - pair.d(z)).sum()
     assert loss.decoder == pytest.approx(expected.item())
+
+
+class Global(Pair):
+    """A pair whose data share a latent."""
+
+    def __init__(self, law):
+        super().__init__()
+        self.law = law
+
+    def model(self, x):
+        pyro.sample("shared", dist.Normal(torch.zeros(()), 1.0))
+        super().model(x)
+
+    def guide(self, x):
+        pyro.sample("shared", self.law(x))
+        super().guide(x)
+
+
+def test_a_site_with_a_law_of_its_own_is_warned_of():
+    """The other site reads the data, so the guide as a whole does not ignore them."""
+
+    def own(x):
+        return dist.Normal(pyro.param("loc", torch.tensor(3.0)), 1.0)
+
+    pair = Global(own)
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, Adam({"lr": 0.1}))
+    with pytest.warns(UserWarning, match="'shared' has parameters of its own"):
+        symeq.step(X)
+
+
+LAWS = {
+    "of the data": lambda x: dist.Normal(pyro.param("loc", torch.zeros(2)) @ x.mean(0), 1.0),
+    "fixed": lambda x: dist.Normal(torch.zeros(()), 1.0),
+    "transformed": lambda x: dist.TransformedDistribution(
+        dist.Normal(torch.zeros(()), 1.0),
+        [dist.transforms.AffineTransform(pyro.param("loc", torch.zeros(2)) @ x.mean(0), 1.0)],
+    ),
+}
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS.keys())
+def test_other_shared_sites_are_not_warned_of(law):
+    pair = Global(law)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SymmetricEquilibrium(pair.model, pair.guide, Adam({"lr": 0.1})).step(X)
+
+
+def test_a_chain_of_latents_is_not_warned_of():
+    """q(w | z) sees the data through z alone; its weights are zero at the start."""
+    pair, net = Pair(), nn.Linear(1, 1)
+    nn.init.zeros_(net.weight)
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("w", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        pair.model(x)
+
+    def guide(x):
+        pair.guide(x)
+        pyro.module("net", net)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("w", dist.Normal(net(pair.drawn), 1.0).to_event(1))
+
+    pair.beside_z = lambda z: setattr(pair, "drawn", z)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SymmetricEquilibrium(model, guide, Adam({"lr": 0.1})).step(X)
+
+
+def test_a_point_in_the_guide_is_refused():
+    pair = Pair()
+    pair.posterior = lambda x: dist.Delta(pair.encoder(x)).to_event(1)
+    refuse(pair, "The guide's site 'z' is a Delta")
