@@ -31,21 +31,18 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
-MISSING = 'digits.py: there is no {} here. Run: pip install "pyro_symeq[examples]"'
+from cli import ended_cleanly, parser
 
-try:
+with ended_cleanly("digits.py"):
     from tqdm import tqdm
 
     from data import DataError, Images, load
     from figures import draw
     from networks import LadderVAE
     from pyro_symeq import SymmetricEquilibrium
-except ModuleNotFoundError as error:
-    raise SystemExit(MISSING.format(error.name)) from error
+    from training import cosine
 
 
 class CheckpointError(Exception):
@@ -112,22 +109,10 @@ class Training:
             settings.width,
             settings.num_channels,
         ).to(images.x.device)
-        self.optims = (self._optim(), self._optim())
+        schedule = settings.steps, settings.learning_rate, settings.weight_decay
+        self.optims = cosine(*schedule), cosine(*schedule)
         self.symeq = SymmetricEquilibrium(
             self.vae.model, self.vae.guide, self.optims, supervise_encoder=False
-        )
-
-    def _optim(self) -> PyroLRScheduler:
-        return PyroLRScheduler(
-            CosineAnnealingLR,
-            {
-                "optimizer": torch.optim.AdamW,
-                "optim_args": {
-                    "lr": self.settings.learning_rate,
-                    "weight_decay": self.settings.weight_decay,
-                },
-                "T_max": self.settings.steps,
-            },
         )
 
     @property
@@ -312,64 +297,25 @@ def picture(training: Training, path: Path, num_rows: int = 2, num_samples: int 
     draw(path, title, x, _mean(reconstructed, "x").view_as(x), samples)
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros((), device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"can't use device {name!r}: {reason}") from error
-    return device
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
-    return int(text)
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the options of the program."""
-    parser = argparse.ArgumentParser(description="Learns to draw and to classify digits.")
-    parser.add_argument("--data", choices=SETTINGS, default="digits", help="the data set")
-    parser.add_argument(
-        "--data-root",
-        type=Path,
-        default=Path(os.environ.get("PYRO_SYMEQ_DATA", "data")),
-        help="the folder of MNIST and Fashion-MNIST (default: $PYRO_SYMEQ_DATA, or data)",
-    )
-    parser.add_argument(
-        "--device",
-        type=_device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to compute (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and draws (default: 0)")
-    parser.add_argument("--steps", type=_count, help="how many (default: depends on the data)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="the folder for results")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    return parser.parse_args(arguments)
+    options = parser("Learns to draw and to classify digits.", SETTINGS)
+    options.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    return options.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def run(options: argparse.Namespace) -> None:
     """Trains a pair, reports and draws what it has learned."""
-    options = parse(arguments)
     settings = SETTINGS[options.data]
     if options.steps is not None:
         settings = replace(settings, steps=options.steps)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        images = load(options.data, options.data_root).to(options.device)
-        checkpoint = options.out / f"{options.data}.pt"
-        training = Training(options.data, images, options.seed, settings, checkpoint)
-        if options.resume:
-            training.resume()
-        finished = training.run()
-    except ModuleNotFoundError as error:
-        raise SystemExit(MISSING.format(error.name)) from error
-    except (CheckpointError, DataError, OSError) as error:
-        raise SystemExit(f"digits.py: {error}") from error
-    if not finished:
+    options.out.mkdir(parents=True, exist_ok=True)
+    images = load(options.data, options.data_root).to(options.device)
+    checkpoint = options.out / f"{options.data}.pt"
+    training = Training(options.data, images, options.seed, settings, checkpoint)
+    if options.resume:
+        training.resume()
+    if not training.run():
         raise SystemExit(
             f"Stopped at step {training.num_steps}, which is kept in {checkpoint}. To go on, give "
             "the same options and --resume."
@@ -378,6 +324,13 @@ def main(arguments: list[str] | None = None) -> None:
     path = options.out / f"{options.data}.png"
     picture(training, path)
     print(f"\nThe picture is in {path}, the checkpoint in {checkpoint}.")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the program."""
+    options = parse(arguments)
+    with ended_cleanly("digits.py", CheckpointError, DataError):
+        run(options)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,42 @@ With PyTorch's smaller initial weights, dreams of the untrained decoder hardly d
 latents, the encoder finds nothing to learn, and the pair gets stuck there.
 """
 
+from typing import TypeVar
+
 from torch import nn
 
-__all__ = ["dense", "linear"]
+__all__ = ["convolution", "dense", "linear"]
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 def linear(num_inputs: int, num_outputs: int) -> nn.Linear:
     """An affine layer that turns inputs of unit variance into outputs of unit variance."""
-    layer = nn.Linear(num_inputs, num_outputs)
-    nn.init.normal_(layer.weight, std=num_inputs**-0.5)
-    nn.init.zeros_(layer.bias)
-    return layer
+    return _unit_variance(nn.Linear(num_inputs, num_outputs))
 
 
 def dense(num_inputs: int, width: int, num_outputs: int) -> nn.Module:
     """Two affine layers with a smooth activation between them."""
     return nn.Sequential(linear(num_inputs, width), nn.SiLU(), linear(width, num_outputs))
+
+
+def convolution(
+    num_inputs: int, num_outputs: int, size: int, stride: int = 1, padding: int | None = None
+) -> nn.Conv2d:
+    """A convolution that turns inputs of unit variance into outputs of unit variance.
+
+    Args:
+        num_inputs: The number of channels that come in.
+        num_outputs: The number of channels that come out.
+        size: The number of rows, and of columns, of the kernel.
+        stride: How many rows and columns the kernel moves.
+        padding: The number of rows and columns added at each side; by default, half the size.
+    """
+    padding = size // 2 if padding is None else padding
+    return _unit_variance(nn.Conv2d(num_inputs, num_outputs, size, stride, padding))
+
+
+def _unit_variance(layer: Layer) -> Layer:
+    nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+    nn.init.zeros_(layer.get_parameter("bias"))
+    return layer

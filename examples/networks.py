@@ -24,29 +24,16 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor, cat, nn
 
+from layers import convolution, dense, linear
+
 __all__ = ["LadderVAE"]
 
 NUM_CLASSES = 10
 
 
-def _unit_variance(layer: nn.Linear | nn.Conv2d) -> nn.Module:
-    """Initialises a layer such that inputs of unit variance give outputs of unit variance.
-
-    So the dreams of the untrained decoder depend on all latents, and the encoder finds something
-    to learn. With PyTorch's smaller initial weights, the pair gets stuck where they don't.
-    """
-    nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
-    nn.init.zeros_(layer.get_parameter("bias"))
-    return layer
-
-
-def _linear(num_inputs: int, num_outputs: int) -> nn.Module:
-    return _unit_variance(nn.Linear(num_inputs, num_outputs))
-
-
 def _halving(num_inputs: int, num_outputs: int) -> nn.Module:
     """A convolution after which an image has half as many rows and columns."""
-    return _unit_variance(nn.Conv2d(num_inputs, num_outputs, 4, stride=2, padding=1))
+    return convolution(num_inputs, num_outputs, 4, stride=2, padding=1)
 
 
 def _doubling(num_inputs: int, num_outputs: int) -> nn.Module:
@@ -55,10 +42,6 @@ def _doubling(num_inputs: int, num_outputs: int) -> nn.Module:
     nn.init.normal_(layer.weight, std=(4 * num_inputs) ** -0.5)  # 2 x 2 inputs reach an output
     nn.init.zeros_(layer.get_parameter("bias"))
     return layer
-
-
-def _dense(num_inputs: int, width: int, num_outputs: int) -> nn.Module:
-    return nn.Sequential(_linear(num_inputs, width), nn.SiLU(), _linear(width, num_outputs))
 
 
 class Decoder(nn.Module):
@@ -77,12 +60,12 @@ class Decoder(nn.Module):
         self, side: int, num_styles: int, num_units: int, width: int, num_channels: int | None
     ) -> None:
         super().__init__()
-        self.units = _dense(num_styles + NUM_CLASSES, width, num_units)
+        self.units = dense(num_styles + NUM_CLASSES, width, num_units)
         if num_channels is None:
-            self.pixels = _dense(num_units, width, side**2)
+            self.pixels = dense(num_units, width, side**2)
         else:
             self.pixels = nn.Sequential(
-                _dense(num_units, width, 2 * num_channels * (side // 4) ** 2),
+                dense(num_units, width, 2 * num_channels * (side // 4) ** 2),
                 nn.SiLU(),
                 nn.Unflatten(1, (2 * num_channels, side // 4, side // 4)),
                 _doubling(2 * num_channels, num_channels),
@@ -123,12 +106,12 @@ class Encoder(nn.Module):
             _halving(num_channels, 2 * num_channels),
             nn.SiLU(),
             nn.Flatten(),
-            _linear(2 * num_channels * (side // 4) ** 2, width),
+            linear(2 * num_channels * (side // 4) ** 2, width),
             nn.SiLU(),
         )
-        self.style = _linear(width, num_styles)
-        self.y = _linear(width, NUM_CLASSES)
-        self.z1 = _linear(width, num_units)
+        self.style = linear(width, num_styles)
+        self.y = linear(width, NUM_CLASSES)
+        self.z1 = linear(width, num_units)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The logits of q(style | x) and q(y | x), and what x adds to the logits of z1."""

@@ -51,7 +51,7 @@ with ended_cleanly("semi_supervised.py"):
     from tqdm import tqdm
 
     from data import DataError, Images, load
-    from layers import dense, linear
+    from layers import convolution, dense, linear
     from pyro_symeq import Batch, SymmetricEquilibrium, SymmetricUtility
     from tiles import draw
     from training import cosine
@@ -142,7 +142,7 @@ class Encoder(nn.Module):
         )
         self.classes = nn.Sequential(
             *halving_twice(side, num_channels),
-            convolution(2 * num_channels, 4 * num_channels, 3, stride=1),
+            convolution(2 * num_channels, 4 * num_channels, 3),
             nn.SiLU(),
             nn.AdaptiveAvgPool2d(3),
             nn.Flatten(),
@@ -300,14 +300,6 @@ def halving_twice(side: int, num_channels: int) -> list[nn.Module]:
         convolution(num_channels, 2 * num_channels, 3, stride=2),
         nn.SiLU(),
     ]
-
-
-def convolution(num_inputs: int, num_outputs: int, size: int, stride: int) -> nn.Conv2d:
-    """A convolution that turns inputs of unit variance into outputs of unit variance."""
-    layer = nn.Conv2d(num_inputs, num_outputs, size, stride=stride, padding=size // 2)
-    nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
-    nn.init.zeros_(layer.get_parameter("bias"))
-    return layer
 
 
 class Training:

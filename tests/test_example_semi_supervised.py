@@ -1,26 +1,15 @@
 """The semi-supervised example: its programs, its choice of labels, its messages."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+from tests.processes import EXAMPLES, run_example
 
 
 def run(*options):
-    command = [sys.executable, "-W", "error", EXAMPLES / "semi_supervised.py", "--device", "cpu"]
-    return subprocess.run(
-        [*command, *options],
-        capture_output=True,
-        text=True,
-        env=os.environ | NO_NETWORK,
-        check=False,
-    )
+    return run_example("semi_supervised.py", *options)
 
 
 @pytest.fixture

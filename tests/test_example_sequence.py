@@ -1,11 +1,7 @@
 """The deep Markov model of the examples: its program, its likelihood, and what padding does."""
 
 import itertools
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pyro
 import pytest
@@ -13,9 +9,8 @@ import torch
 from pyro import poutine
 
 from pyro_symeq import SymmetricUtility
+from tests.processes import EXAMPLES, run_example
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 LENGTHS = [4, 1, 3, 2, 4]
 
 
@@ -141,13 +136,7 @@ def test_frequencies(example):
 
 
 def run(*options):
-    return subprocess.run(
-        [sys.executable, "-W", "error", EXAMPLES / "sequence.py", "--device", "cpu", *options],
-        capture_output=True,
-        text=True,
-        env=os.environ | NO_NETWORK,
-        check=False,
-    )
+    return run_example("sequence.py", *options)
 
 
 def test_the_program_runs(tmp_path):

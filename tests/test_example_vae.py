@@ -1,29 +1,18 @@
 """The VAE of the examples: both ways of learning, and the likelihood that compares them."""
 
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+from tests.processes import EXAMPLES, run_example
 
 
 def run(*options):
-    return subprocess.run(
-        [sys.executable, "-W", "error", EXAMPLES / "vae.py", "--device", "cpu", *options],
-        capture_output=True,
-        text=True,
-        env=os.environ | NO_NETWORK,
-        check=False,
-    )
+    return run_example("vae.py", *options)
 
 
 def succeed(*options):

@@ -1,30 +1,19 @@
-"""The examples, run as a user runs them."""
+"""The demo, run as a user runs it."""
 
 import gzip
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-DIGITS = Path(__file__).parent.parent / "examples" / "digits.py"
-NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-
-
-def command(*options):
-    return [sys.executable, "-W", "error", DIGITS, "--device", "cpu", *map(str, options)]
+from tests.processes import command, run_example
 
 
 def digits(*options):
-    environment = os.environ | NO_NETWORK
-    return subprocess.run(
-        command(*options), capture_output=True, text=True, env=environment, check=False
-    )
+    return run_example("digits.py", *map(str, options))
 
 
 def succeed(*options):
@@ -61,7 +50,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     succeed("--steps", 60, "--out", whole)
     process = subprocess.Popen(
-        command("--steps", 60, "--out", parts), stderr=subprocess.PIPE, text=True
+        command("digits.py", "--steps", "60", "--out", parts), stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
     while not (parts / "digits.pt").exists() and time.monotonic() < deadline:
