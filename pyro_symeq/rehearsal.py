@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import Trace
@@ -183,7 +184,8 @@ class _Rehearsal:
         full = replace(draft, places={**draft.places, **vacancies})
         if sampled is None:
             sampled = self.sampled_by_guide(full)
-        self.refuse_unbound(self.observed.keys() - places.keys() - sampled)
+        unbound = self.observed.keys() - places.keys()
+        self.refuse_unbound({name for name in unbound if name not in sampled or self.hides(name)})
         missing = vacancies.keys() - sampled
         pattern = replace(
             draft,
@@ -252,6 +254,13 @@ class _Rehearsal:
         if not callable(self.bind):
             for name in names:
                 raise ValueError(self.cannot_tell(name, []))
+
+    def hides(self, name: str) -> bool:
+        """Whether an observed value may come from numbers whose use can't be watched."""
+        return not self.observed[name].origin.paths and any(
+            isinstance(leaf, np.ndarray) or (len(path) > 2 and type(leaf) in (int, float))
+            for path, leaf in leaves(self.call)
+        )
 
     def told(self, bind: Mapping[str, str]) -> dict[str, Path]:
         """The user's ``{argument: site}`` as paths by site."""

@@ -253,6 +253,23 @@ def test_computed_labels_need_no_argument_that_holds_them():
     assert pair.net(x).argmax(-1).tolist() == LABEL.tolist()
 
 
+@pytest.mark.parametrize(
+    "hide", [lambda y: y.tolist(), lambda y: y.numpy()], ids=["list", "numpy"]
+)
+def test_labels_whose_use_cannot_be_watched_need_a_function(hide):
+    """The guide may read a list or an array unseen, beside what it dreams."""
+    pair = ClassNumbers(reads_label=True)
+
+    def model(x, label):
+        pair.model(x, torch.as_tensor(label))
+
+    def guide(x, label):
+        pair.guide(x, torch.as_tensor(label))
+
+    with pytest.raises(ValueError, match="No argument holds the observed value of site 'y'"):
+        SymmetricEquilibrium(model, guide, SGD({"lr": 0.1})).step(images(), hide(LABEL))
+
+
 def test_computed_labels_that_the_guide_reads_need_a_function():
     pair = ClassNumbers(reads_label=True)
 
