@@ -21,11 +21,10 @@ Schlesinger, Shekhovtsov, 2024):
     L_q &= \mathbb{E}_{p_\theta} [\log q_\varphi(y, s, t \mid x)]
         + w \, \mathbb{E}_{\pi(x, y)} [\log q_\varphi(y \mid x)].
 
-What makes unlabelled images count is a decoder that can't explain an image under a wrong class:
-few bits for the shape, and a pose for all that a digit may look like besides. Completions are
-chosen among several draws of the guide by the decoder (``num_proposals``), so the decoder corrects
-the guide's classes, and dreams teach the guide the correction. No class is summed over, and there
-is no other objective.
+The decoder can't explain an image under a wrong class: it has few bits for the shape, and a pose
+for all that a digit may look like besides. Completions are chosen among several draws of the guide
+by the decoder (``num_proposals``), so the decoder corrects the guide's classes, and dreams teach
+the guide the correction. No class is summed over, and there is no other objective.
 
 Run ``python examples/semi_supervised.py --help`` for the options.
 """
