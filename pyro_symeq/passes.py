@@ -174,14 +174,14 @@ def dream(model: Program, call: Call, like: Trace | None = None, followed: bool 
         like: A trace of the model, whose latents take the place of draws.
         followed: Whether to find out where the observed values come from.
     """
-    imagination, followers = imagine(), follow(call)
+    imagination, follower = imagine(), follow(call) if followed else None
     latents = {} if like is None else values(like)
-    with torch.no_grad(), followers if followed else nullcontext():
+    with torch.no_grad(), follower or nullcontext():
         trace = run(model, call, imagination, complete(latents))
     observed = _observations(trace, imagination.observed)
-    if followed:
+    if follower is not None:
         observed = {
-            n: replace(seen, origin=followers.origin(seen.value)) for n, seen in observed.items()
+            n: replace(seen, origin=follower.origin(seen.value)) for n, seen in observed.items()
         }
     return Run(trace, observed)
 
