@@ -321,6 +321,8 @@ class Training:
             rows = y.nonzero()[:, 0]
             order = torch.randperm(len(rows))[: num_labels // NUM_CLASSES]
             self.is_labelled[rows[order.to(rows.device)]] = True
+        self.labelled = self.is_labelled.nonzero()[:, 0]
+        self.unlabelled = (~self.is_labelled).nonzero()[:, 0]
         self.vae = SemiSupervisedVAE(images.x, settings).to(images.x)
         self.optims = (
             cosine(settings.steps, settings.decoder_rate),
@@ -364,16 +366,11 @@ class Training:
     def batches(self, labelled_only: bool) -> list[Batch]:
         """Draws what a step learns from."""
         x, y = self.images.x, self.images.y
-        labelled = self.rows(self.is_labelled, self.settings.num_labelled)
+        labelled = drawn(self.labelled, self.settings.num_labelled)
         batches = [Batch(x[labelled], y[labelled]).weighted(self.settings.weight)]
         if not labelled_only:
-            batches.append(Batch(x[self.rows(~self.is_labelled, self.settings.batch_size)]))
+            batches.append(Batch(x[drawn(self.unlabelled, self.settings.batch_size)]))
         return batches
-
-    def rows(self, among: Tensor, size: int) -> Tensor:
-        """Draws row numbers, with repetition."""
-        rows = among.nonzero()[:, 0]
-        return rows[torch.randint(len(rows), (size,)).to(rows.device)]
 
     @torch.no_grad()
     def accuracy(self) -> float:
@@ -383,6 +380,11 @@ class Training:
         self.vae.train()
         hits = y.argmax(-1) == self.images.held_out_y.argmax(-1)
         return hits.double().mean().item()
+
+
+def drawn(rows: Tensor, size: int) -> Tensor:
+    """Draws some of the row numbers, with repetition."""
+    return rows[torch.randint(len(rows), (size,)).to(rows.device)]
 
 
 @torch.no_grad()
