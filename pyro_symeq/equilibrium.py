@@ -12,29 +12,23 @@ and each player climbs its own utility towards it: :math:`\theta` along :math:`\
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from typing import Any, Literal
 
-import torch
 from pyro.infer import ELBO
-from pyro.infer.util import is_validation_enabled
 from pyro.optim import PyroOptim
 
-from pyro_symeq import randomness
-from pyro_symeq.binding import Call, Program
-from pyro_symeq.player import Player, State
-from pyro_symeq.rehearsal import Bind, aside
-from pyro_symeq.score import NOTHING_TO_LEARN, Score
-from pyro_symeq.utility import SymmetricLoss, SymmetricUtility, check_count
+from pyro_symeq.binding import Program
+from pyro_symeq.game import Game, Player
+from pyro_symeq.loss import SymmetricLoss
+from pyro_symeq.rehearsal import Bind
+from pyro_symeq.utility import SymmetricUtility, check_count
 
 __all__ = ["SymmetricEquilibrium"]
 
-NUM_TRIES = 100
 
-
-class SymmetricEquilibrium:
+class SymmetricEquilibrium(Game):
     r"""Learns a model and a guide as the two players of a game; it takes the place of ``SVI``.
 
     The decoder climbs :math:`L_p` in :math:`\theta`, on latents that the guide draws for the data;
@@ -104,17 +98,19 @@ class SymmetricEquilibrium:
         self.guide = guide
         self.optim = optim
         self.utility = _utility(loss, bind, supervise_encoder)
-        self.updates = updates
         self.decoder_steps = decoder_steps
         self.encoder_steps = encoder_steps
         self.encoder_warmup = encoder_warmup
-        self.num_steps = 0
-        pair = self.utility.pair(model, guide)
-        optims = _pair_of_optims(optim)
-        self._decoder = Player("decoder", pair.decoder, optims[0])
-        self._encoder = Player("encoder", pair.encoder, optims[1])
-        self._players = (self._decoder, self._encoder)
-        self._is_learnable = False
+        utilities = self.utility.stage(model, guide).utilities
+        decoder, encoder = _pair_of_optims(optim)
+        super().__init__(
+            [
+                Player("decoder", model, decoder, utilities["decoder"]),
+                Player("encoder", guide, encoder, utilities["encoder"]),
+            ],
+            updates=list(_schedule(updates, decoder_steps, encoder_steps)),
+        )
+        self.updates = updates
 
     def __repr__(self) -> str:
         return (
@@ -123,7 +119,6 @@ class SymmetricEquilibrium:
             f"num_steps={self.num_steps})"
         )
 
-    @torch.enable_grad()
     def step(self, *args: Any, **kwargs: Any) -> SymmetricLoss:
         r"""Moves both players, as the schedule says.
 
@@ -139,26 +134,7 @@ class SymmetricEquilibrium:
             ValueError: The pair can't learn from this batch, or a utility is not finite. Nothing
                 has moved then; with Pyro's validation off, the decoder may have.
         """
-        call = (args, kwargs)
-        self._set_loaded(call)
-        self._check_learnable(call)
-        utilities = {}
-        rounds = list(self._schedule())
-        with ExitStack() as stack:
-            if is_validation_enabled():
-                for player in {player for players in rounds[:-1] for player in players}:
-                    stack.enter_context(player.undone_on_error())
-            for players in rounds:
-                scores = [player.score(call) for player in players]
-                gradients = [score.gradients(score.parameters.values()) for score in scores]
-                for player, score, gradient in zip(players, scores, gradients, strict=True):
-                    player.move(score.parameters, gradient)
-                    utilities[player.name] = score.utility.item()
-            if "decoder" not in utilities:
-                with torch.no_grad():
-                    utilities["decoder"] = self._decoder.score(call).utility.item()
-        self.num_steps += 1
-        return SymmetricLoss(**utilities)
+        return SymmetricLoss(**super().step(*args, **kwargs).utilities)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> SymmetricLoss:
         r"""Estimates the loss :math:`-(L_p + L_q)` (nats, summed over the batch); nothing moves.
@@ -170,76 +146,23 @@ class SymmetricEquilibrium:
         Returns:
             A float with the utilities ``.decoder`` and ``.encoder``.
         """
-        with torch.no_grad():
-            self._set_loaded((args, kwargs))
-        return self.utility.loss(self.model, self.guide, *args, **kwargs)
+        return SymmetricLoss(**super().evaluate_loss(*args, **kwargs).utilities)
 
-    def state_dict(self) -> State:
-        """Copies all that a training needs to go on as if it had never stopped.
-
-        Returns:
-            The unconstrained parameters and the optimiser states of both players by parameter
-            name, the place in the schedule, and the states of the random number generators of
-            torch, numpy and Python. ``torch.load`` reads it with ``weights_only=True``. Buffers of
-            modules (running averages, say) are not parameters: save them with the modules.
-        """
-        return {
-            "decoder": self._decoder.state_dict(),
-            "encoder": self._encoder.state_dict(),
-            "num_steps": self.num_steps,
-            "random": randomness.get_state(),
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        """Goes back to a state.
-
-        Parameters that the programs have not touched yet take their values when they first do, in
-        the next :meth:`step` or :meth:`evaluate_loss`.
-
-        Args:
-            state: What :meth:`state_dict` returned, of the same programs.
-
-        Raises:
-            ValueError: The state isn't one of these programs; nothing has changed.
-        """
-        keys = self.state_dict().keys()
-        if not isinstance(state, Mapping) or state.keys() != keys:
-            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(
-                f"Expected a state of SymmetricEquilibrium with the keys {sorted(keys)}, "
-                f"got {got}."
-            )
-        for player in self._players:
-            player.check(state[player.name])
-        for player in self._players:
-            player.load_state_dict(state[player.name])
-        self.num_steps = state["num_steps"]
-        randomness.set_state(state["random"])
-
-    def _schedule(self) -> Iterator[tuple[Player, ...]]:
-        """Yields, in turn, the players that move from the same point."""
+    def _awake(self) -> set[str]:
         warming_up = self.num_steps < self.encoder_warmup
-        decoder = [self._decoder] * (0 if warming_up else self.decoder_steps)
-        encoder = [self._encoder] * self.encoder_steps
-        if self.updates == "alternating":
-            yield from ((player,) for player in decoder + encoder)
-        else:
-            for players in zip_longest(decoder, encoder):
-                yield tuple(player for player in players if player is not None)
+        return super()._awake() - ({"decoder"} if warming_up else set())
 
-    def _set_loaded(self, call: Call) -> None:
-        """Sets the loaded parameters that the programs touch in this call, before it is played."""
-        found = True
-        while found and any(player.pending["parameters"] for player in self._players):
-            with aside():
-                found = any([p.adopt(p.play(call).parameters) for p in self._players])
+    def _watched(self) -> set[str]:
+        return {"decoder", "encoder"}
 
-    def _check_learnable(self, call: Call) -> None:
-        """Checks once, on the side, that both players can move."""
-        if not self._is_learnable:
-            with aside():
-                _check_learnable(self._players, [_try(player, call) for player in self._players])
-            self._is_learnable = True
+
+def _schedule(updates: str, decoder_steps: int, encoder_steps: int) -> Iterator[tuple[str, ...]]:
+    decoder, encoder = ["decoder"] * decoder_steps, ["encoder"] * encoder_steps
+    if updates == "alternating":
+        yield from ((name,) for name in decoder + encoder)
+    else:
+        for names in zip_longest(decoder, encoder):
+            yield tuple(name for name in names if name is not None)
 
 
 def _utility(loss: Any, bind: Bind | None, supervise_encoder: bool) -> SymmetricUtility:
@@ -273,35 +196,3 @@ def _pair_of_optims(optim: Any) -> tuple[PyroOptim, PyroOptim]:
             "guide)."
         )
     return pair[0], pair[1]
-
-
-def _try(player: Player, call: Call) -> Score:
-    """Scores a player until a draw makes use of its parameters, as not every draw may do."""
-    for _ in range(NUM_TRIES):
-        score = player.score(call)
-        if score.utility.requires_grad or not score.parameters:
-            break
-    return score
-
-
-def _check_learnable(players: tuple[Player, ...], scores: list[Score]) -> None:
-    for player, score in zip(players, scores, strict=True):
-        if score.parameters and not score.utility.requires_grad:
-            raise ValueError(
-                f"The utility of the {player.name} doesn't depend on its parameters "
-                f"{sorted(score.parameters)}. Is its program run without gradients?"
-            )
-        if not score.unnamed:
-            continue
-        shapes = [tuple(leaf.shape) for leaf in score.unnamed]
-        problem = (
-            f"The {player.name}'s program uses parameters that no statement names, with shapes "
-            f"{shapes}. Register their networks with pyro.module or as attributes of a "
-            "PyroModule; if they are, other parameters of that name are in the way: "
-            "pyro.clear_param_store()."
-        )
-        if not score.parameters:
-            raise ValueError(f"There is nothing to learn for the {player.name}. {problem}")
-        warnings.warn(f"{problem} They are not trained.", stacklevel=4)
-    if not any(score.parameters for score in scores):
-        raise ValueError(NOTHING_TO_LEARN)

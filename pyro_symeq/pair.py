@@ -1,4 +1,4 @@
-"""A model and a guide, scored as the decoder and the encoder of a game."""
+"""A model and a guide, with the utilities of the decoder and the encoder of a game."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -8,14 +8,13 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_symeq import passes
-from pyro_symeq.batch import batches
 from pyro_symeq.binding import Call, Program, layout
 from pyro_symeq.draws import Draws
 from pyro_symeq.passes import Observations, Run
 from pyro_symeq.pattern import Pattern
+from pyro_symeq.play import Masks, Play, Scored
 from pyro_symeq.proposals import Proposals, choose
 from pyro_symeq.rehearsal import Bind, aside, buffers_kept, rehearse
-from pyro_symeq.score import Masks, Owners, Score, Scored, total
 
 T = TypeVar("T")
 
@@ -29,7 +28,7 @@ class _Misfit(Exception):
 
 
 class Pair:
-    """A model and a guide, with what is known of their batches and of who owns which parameter.
+    """A model and a guide, with what is known of their batches.
 
     Args:
         model: The decoder's program.
@@ -37,6 +36,7 @@ class Pair:
         bind: How dreams are handed to the guide, see :class:`SymmetricUtility`.
         supervise_encoder: Whether observed latents train the encoder too.
         draws: How many draws make up a utility.
+        players: The names of the two players.
     """
 
     def __init__(
@@ -46,56 +46,62 @@ class Pair:
         bind: Bind | None,
         supervise_encoder: bool,
         draws: Draws,
+        players: tuple[str, str] = ("decoder", "encoder"),
     ) -> None:
         self.model = model
         self.guide = guide
         self.bind = bind
         self.supervise_encoder = supervise_encoder
         self.draws = draws
+        self.players = players
         self._patterns: dict[Any, Pattern] = {}
-        self._owners = Owners()
 
-    def decoder(self, call: Call) -> Score:
+    def decoder(self, play: Play, *args: Any, **kwargs: Any) -> Tensor:
         r"""Scores the model at the data, completed by the guide.
 
         Args:
-            call: The arguments of both programs, or batches of them.
+            play: The play.
+            args: What both programs take.
+            kwargs: Likewise.
 
         Returns:
             :math:`\log p_\theta(x, z)` with :math:`z \sim q_\varphi(z \mid x)`, where observed
             latents keep their values. Missing data are left out: with latents alone,
             :math:`\log p_\theta(z)`.
         """
-        return self._total(self._decoder, call, self.draws.num_wakes)
+        return self._mean(self._decoder, play, (args, kwargs), self.draws.num_wakes)
 
-    def encoder(self, call: Call) -> Score:
+    def encoder(self, play: Play, *args: Any, **kwargs: Any) -> Tensor:
         r"""Scores the guide at a dream, and at the latents that the data hold.
 
         Args:
-            call: The arguments of both programs, or batches of them.
+            play: The play.
+            args: What both programs take.
+            kwargs: Likewise.
 
         Returns:
             :math:`\log q_\varphi(z \mid x)` with :math:`(x, z) \sim p_\theta(x, z)`, plus
             :math:`\log q_\varphi(y \mid x)` at observed latents :math:`y`. With latents alone,
             :math:`\log q_\varphi(z \mid x)` with :math:`x \sim p_\theta(x \mid z)`.
         """
-        return self._total(self._encoder, call, self.draws.num_particles)
+        return self._mean(self._encoder, play, (args, kwargs), self.draws.num_particles)
 
-    def wake(self, call: Call) -> tuple[Trace, Trace]:
+    def wake(self, play: Play, call: Call) -> tuple[Trace, Trace]:
         """Traces the guide at the data, without a graph, and the model at them so completed."""
-        completion, run = self._play(self._wake, call)
+        completion, run = self._fitting(lambda _, *at: self._wake(*at), play, call)
         return completion, run.trace
 
-    def _total(
-        self, play: Callable[[Pattern, Call], Score], call: Call, num_repeats: int
-    ) -> Score:
-        """The weighted sum over batches, and the mean over repetitions, of scores."""
-        parts = batches(call) * num_repeats
-        scores = [self._play(play, batch.call) for batch in parts]
-        return total(scores, [batch.weight / num_repeats for batch in parts])
+    def _mean(
+        self, score: Callable[[Play, Pattern, Call], Tensor], play: Play, call: Call, runs: int
+    ) -> Tensor:
+        """The mean over particles, which are drawn in so many runs."""
+        scores = [self._fitting(score, play, call) for _ in range(runs)]
+        if self.draws.num_particles == 1:
+            return scores[0]
+        return torch.stack(scores).sum() / self.draws.num_particles
 
-    def _play(self, play: Callable[[Pattern, Call], T], call: Call) -> T:
-        """Plays with the pattern that such calls have, and looks again where it does not fit."""
+    def _fitting(self, act: Callable[[Play, Pattern, Call], T], play: Play, call: Call) -> T:
+        """Acts with the pattern that such calls have, and looks again where it does not fit."""
         key = layout(call)
         pattern, misfit, has_looked = self._patterns.get(key), None, False
         while True:
@@ -104,9 +110,9 @@ class Pair:
                     pattern = self._look(call, misfit, pattern if has_looked else None)
                     has_looked = True
                     with aside():
-                        self._decoder(pattern, call)
-                        self._encoder(pattern, call)
-                result = play(pattern, call)
+                        self._decoder(play.aside(), pattern, call)
+                        self._encoder(play.aside(), pattern, call)
+                result = act(play, pattern, call)
                 self._patterns[key] = pattern
                 return result
             except _Misfit as error:
@@ -125,12 +131,11 @@ class Pair:
         self.draws.note(run.trace)
         return found if pattern is None else pattern.extended(found, run)
 
-    def _decoder(self, pattern: Pattern, call: Call) -> Score:
+    def _decoder(self, play: Play, pattern: Pattern, call: Call) -> Tensor:
         _, run = self._wake(pattern, call)
-        score = self._owners.score("decoder", _scored(pattern, run))
-        return total([score], [self.draws.num_wakes / self.draws.num_particles])
+        return play.score(self.players[0], _scored(pattern, run))
 
-    def _encoder(self, pattern: Pattern, call: Call) -> Score:
+    def _encoder(self, play: Play, pattern: Pattern, call: Call) -> Tensor:
         dream = self._dream(pattern, call)
         self._expect(pattern, dream, call)
         dreamed = pattern.hand_over(dream, call)
@@ -141,7 +146,7 @@ class Pair:
             given = {n: seen for n, seen in dream.observed.items() if n in pattern.latents}
             at_data = passes.fill_in(self.guide, call, given, passes.subsamples(dream.trace))
             scored.append(Scored(at_data, *_given_sites(at_data, given)))
-        return self._owners.score("encoder", *scored)
+        return play.score(self.players[1], *scored)
 
     def _wake(self, pattern: Pattern, call: Call) -> tuple[Trace, Run]:
         completion, values = Trace(), dict[str, Tensor]()

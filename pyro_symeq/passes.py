@@ -145,6 +145,22 @@ class imagine(Messenger):  # noqa: N801
             msg["done"] = True
 
 
+class fix(Messenger):  # noqa: N801
+    """Gives sites their values, also where the program observes others; no graph passes."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Site) -> None:
+        name = msg["name"]
+        if name not in self.values:
+            name = name.removesuffix(OBSERVED).removesuffix(UNOBSERVED)
+        if name in self.values:
+            value = _expanded(self.values[name].detach(), msg["fn"].shape())
+            msg.update(value=value, is_observed=False, done=True)
+
+
 class note_obs_mask(Messenger):  # noqa: N801
     """Keeps the ``obs_mask=`` of a split site, to which other masks are added later."""
 
@@ -201,6 +217,16 @@ def fill_in(
         rows: The subsamples of plates that are not to be drawn.
     """
     return run(program, call, complete(rows or {}), clamp(given))
+
+
+def sample(program: Program, call: Call, given: Mapping[str, Tensor]) -> Trace:
+    """Runs a program and draws all its random variables, observed ones too, but those given."""
+    return run(program, call, imagine(), fix(given))
+
+
+def fix_all(program: Program, call: Call, given: Mapping[str, Tensor]) -> Trace:
+    """Runs a program on what it observes and what is given; what else it samples is drawn."""
+    return run(program, call, complete({}), fix(given))
 
 
 def replay(program: Program, call: Call, values: Mapping[str, Tensor]) -> Trace:
@@ -294,6 +320,21 @@ def _observations(trace: Trace, observed: Mapping[str, Tensor]) -> Observations:
         for name, site in sample_sites(trace)
         if (part := site["name"]) in observed
     }
+
+
+def unobserved(trace: Trace, given: Iterable[str]) -> list[str]:
+    """The random variables that were drawn, all or in part: neither observed nor given."""
+    split, known = split_sites(trace), set(given)
+    return [
+        name
+        for name, site in sample_sites(trace)
+        if name not in known and (name in split or not site["is_observed"])
+    ]
+
+
+def is_auxiliary(site: Site) -> bool:
+    """Whether a site is a means to draw others and doesn't count itself."""
+    return bool((site["infer"] or {}).get("is_auxiliary"))
 
 
 def plate_nesting(trace: Trace) -> int:
@@ -395,6 +436,10 @@ def _base(fn: Any) -> Any:
 def _shaped(value: Tensor, shape: torch.Size) -> Tensor:
     if value.numel() == shape.numel():
         return value.reshape(shape)
+    return _expanded(value, shape)
+
+
+def _expanded(value: Tensor, shape: torch.Size) -> Tensor:
     try:
         return value.expand(shape)
     except RuntimeError:

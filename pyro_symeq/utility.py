@@ -25,37 +25,13 @@ from torch.autograd.function import once_differentiable
 
 from pyro_symeq.binding import Call, Program
 from pyro_symeq.draws import Draws
+from pyro_symeq.loss import SymmetricLoss
+from pyro_symeq.ownership import NOTHING_TO_LEARN
 from pyro_symeq.pair import Pair
+from pyro_symeq.play import Stage
 from pyro_symeq.rehearsal import Bind
-from pyro_symeq.score import NOTHING_TO_LEARN
 
-__all__ = ["SymmetricLoss", "SymmetricUtility"]
-
-
-class SymmetricLoss(float):
-    r"""The loss :math:`-(L_p + L_q)` of a step, a float that carries both utilities (nats).
-
-    Args:
-        decoder: The decoder's utility :math:`L_p`.
-        encoder: The encoder's utility :math:`L_q`.
-
-    Example:
-        >>> loss = SymmetricLoss(decoder=-7.0, encoder=-2.0)
-        >>> loss, loss.decoder, loss + 1
-        (9.0, -7.0, 10.0)
-    """
-
-    decoder: float
-    encoder: float
-
-    def __new__(cls, decoder: float, encoder: float) -> "SymmetricLoss":  # noqa: D102
-        loss = super().__new__(cls, -(decoder + encoder))
-        loss.decoder = decoder
-        loss.encoder = encoder
-        return loss
-
-    def __getnewargs__(self) -> tuple[float, float]:  # type: ignore[override]
-        return self.decoder, self.encoder
+__all__ = ["SymmetricUtility"]
 
 
 class _Attach(torch.autograd.Function):
@@ -155,22 +131,25 @@ class SymmetricUtility(ELBO):
             None if math.isinf(max_plate_nesting) else int(max_plate_nesting),
         )
         self.supervise_encoder = supervise_encoder
-        self._pairs: dict[tuple[Program, Program], Pair] = {}
+        self._known: dict[tuple[Program, Program], tuple[Pair, Stage]] = {}
 
-    def pair(self, model: Program, guide: Program) -> Pair:
-        """Remembers what is found out about a model and a guide."""
-        if (model, guide) not in self._pairs:
-            self._pairs[model, guide] = Pair(
-                model, guide, self.bind, self.supervise_encoder, self.draws
-            )
-        return self._pairs[model, guide]
+    def stage(self, model: Program, guide: Program) -> Stage:
+        """The two players, with what is found out about them on the way."""
+        return self._on_stage(model, guide)[1]
+
+    def _on_stage(self, model: Program, guide: Program) -> tuple[Pair, Stage]:
+        if (model, guide) not in self._known:
+            pair = Pair(model, guide, self.bind, self.supervise_encoder, self.draws)
+            utilities = {"decoder": pair.decoder, "encoder": pair.encoder}
+            stage = Stage({"decoder": model, "encoder": guide}, utilities)
+            self._known[model, guide] = pair, stage
+        return self._known[model, guide]
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> SymmetricLoss:
         r"""Estimates :math:`-(L_p + L_q)` (nats) without a gradient."""
-        pair = self.pair(model, guide)
         with torch.no_grad():
-            decoder, encoder = pair.decoder((args, kwargs)), pair.encoder((args, kwargs))
-        return SymmetricLoss(decoder.utility.item(), encoder.utility.item())
+            decoder, encoder = self._utilities(model, guide, (args, kwargs))
+        return SymmetricLoss(decoder.item(), encoder.item())
 
     @torch.enable_grad()
     def loss_and_grads(
@@ -187,21 +166,24 @@ class SymmetricUtility(ELBO):
     ) -> Tensor:
         r"""Estimates the loss as a tensor with each player's gradient in its own parameters."""
         if not torch.is_grad_enabled():
-            pair = self.pair(model, guide)
-            return -(pair.decoder((args, kwargs)).utility + pair.encoder((args, kwargs)).utility)
+            return -torch.stack(self._utilities(model, guide, (args, kwargs))).sum()
         utilities, gradients = self._gradients(model, guide, (args, kwargs))
         loss = -sum(utilities)
         return _Attach.apply(loss, list(gradients.values()), *gradients)
+
+    def _utilities(self, model: Program, guide: Program, call: Call) -> list[Tensor]:
+        stage = self.stage(model, guide)
+        return [stage.score(player, call).utility for player in stage.utilities]
 
     def _gradients(
         self, model: Program, guide: Program, call: Call
     ) -> tuple[list[Tensor], dict[Tensor, Tensor]]:
         """The utilities, and the gradients of their negatives by parameter."""
-        pair = self.pair(model, guide)
         utilities: list[Tensor] = []
         gradients: dict[Tensor, Tensor] = {}
-        for play in (pair.decoder, pair.encoder):
-            score = play(call)
+        stage = self.stage(model, guide)
+        for player in stage.utilities:
+            score = stage.score(player, call)
             leaves = [*score.parameters.values(), *score.unnamed]
             utilities.append(score.utility.detach())
             gradients |= {
@@ -216,7 +198,8 @@ class SymmetricUtility(ELBO):
     def _get_trace(
         self, model: Program, guide: Program, args: Any, kwargs: Any
     ) -> tuple[Trace, Trace]:
-        guide_trace, model_trace = self.pair(model, guide).wake((args, kwargs))
+        pair, stage = self._on_stage(model, guide)
+        guide_trace, model_trace = pair.wake(stage.play(), (args, kwargs))
         return model_trace, guide_trace
 
 

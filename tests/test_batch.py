@@ -26,13 +26,13 @@ def kinds(device):
 @pytest.mark.parametrize("player", ["decoder", "encoder"])
 def test_utilities_and_gradients_are_weighted_sums(player, device):
     ladder = Ladder().to(device)
-    play = getattr(SymmetricUtility().pair(ladder.model, ladder.guide), player)
+    stage = SymmetricUtility().stage(ladder.model, ladder.guide)
     leaves = ladder.theta if player == "decoder" else ladder.phi
-    play((tuple(kinds(device)), {}))  # rehearse
+    stage.score(player, (tuple(kinds(device)), {}))  # rehearse
     pyro.set_rng_seed(1)
-    score = play((tuple(kinds(device)), {}))
+    score = stage.score(player, (tuple(kinds(device)), {}))
     pyro.set_rng_seed(1)
-    parts = [(batch.weight, play(batch.call)) for batch in kinds(device)]
+    parts = [(batch.weight, stage.score(player, batch.call)) for batch in kinds(device)]
     assert torch.allclose(score.utility, sum(w * part.utility for w, part in parts))
     gradients = [(w, part.gradients(leaves)) for w, part in parts]
     for i, gradient in enumerate(score.gradients(leaves)):

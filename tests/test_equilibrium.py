@@ -278,10 +278,12 @@ def test_loaded_values_survive_saving_before_they_are_used():
     training = Training("one", "alternating")
     training.run(3)
     state = training.symeq.state_dict()
-    untouched = Training("one", "alternating", state).symeq.state_dict()
+    untouched = Training("one", "alternating", state).symeq.state_dict()["players"]
     for player in ("decoder", "encoder"):
-        assert state[player]["parameters"].keys() == untouched[player]["parameters"].keys()
-        assert state[player]["optim"].keys() == untouched[player]["optim"].keys()
+        assert (
+            state["players"][player]["parameters"].keys() == untouched[player]["parameters"].keys()
+        )
+        assert state["players"][player]["optim"].keys() == untouched[player]["optim"].keys()
 
 
 def test_evaluation_uses_loaded_values():
@@ -296,7 +298,7 @@ def test_parameters_that_a_state_lacks_are_named():
     training = Training("one", "alternating")
     training.run(1)
     state = training.symeq.state_dict()
-    del state["decoder"]["parameters"]["rate"]
+    del state["players"]["decoder"]["parameters"]["rate"]
     resumed = Training("one", "alternating", state)
     with pytest.warns(UserWarning, match="no values for these parameters.*'rate'"):
         resumed.run(1)
@@ -306,10 +308,18 @@ def test_parameters_that_a_state_lacks_are_named():
     ("spoil", "message"),
     [
         (lambda state: state.pop("random"), "Expected a state of SymmetricEquilibrium"),
-        (lambda state: state["encoder"].pop("optim"), "state of the encoder to have the keys"),
-        (lambda state: state["decoder"]["parameters"].pop("d1$$$bias"), "d1\\$\\$\\$bias"),
         (
-            lambda state: state["encoder"]["parameters"].update({"e0$$$bias": torch.zeros(7)}),
+            lambda state: state["players"]["encoder"].pop("optim"),
+            "state of the encoder to have the keys",
+        ),
+        (
+            lambda state: state["players"]["decoder"]["parameters"].pop("d1$$$bias"),
+            "d1\\$\\$\\$bias",
+        ),
+        (
+            lambda state: state["players"]["encoder"]["parameters"].update(
+                {"e0$$$bias": torch.zeros(7)}
+            ),
             r"Expected .*\(2,\).* got .*\(7,\)",
         ),
     ],

@@ -25,16 +25,16 @@ def test_mean_utilities_and_gradients_are_the_enumerated_ones(batch, vectorize, 
     ladder = Ladder().to(device)
     batch = {name: value.to(device) for name, value in batch.items()}
     utility = SymmetricUtility(num_particles=5, vectorize_particles=vectorize)
-    pair = utility.pair(ladder.model, ladder.guide)
+    stage = utility.stage(ladder.model, ladder.guide)
     expected = utilities(ladder, **batch)
-    for play, leaves, value, gradient in zip(
-        (pair.decoder, pair.encoder),
+    for player, leaves, value, gradient in zip(
+        ("decoder", "encoder"),
         (ladder.theta, ladder.phi),
         expected,
         gradients(ladder, **batch),
         strict=True,
     ):
-        scores = [play(((), batch)) for _ in range(100)]
+        scores = [stage.score(player, ((), batch)) for _ in range(100)]
         assert_mean(torch.stack([score.utility.detach() for score in scores]), value)
         drawn = [score.gradients(leaves) for score in scores]
         for i, grad in enumerate(gradient):
@@ -51,10 +51,10 @@ def test_vectorised_particles_take_one_run_of_the_model():
 
     for vectorize, expected in ((False, 7), (True, 1)):
         utility = SymmetricUtility(num_particles=7, vectorize_particles=vectorize)
-        pair = utility.pair(model, ladder.guide)
-        pair.decoder(((X,), {}))
+        stage = utility.stage(model, ladder.guide)
+        stage.score("decoder", ((X,), {}))
         runs.clear()
-        pair.decoder(((X,), {}))
+        stage.score("decoder", ((X,), {}))
         assert len(runs) == expected
 
 
@@ -80,8 +80,7 @@ def test_proposals_are_chosen_row_by_row_with_the_weight_p_over_q(
     z0 = Z0[0].to(device)
     batch = {"x": x, "z0": z0.expand(num_rows, 2).contiguous()} if given else {"x": x}
     utility = SymmetricUtility(num_proposals=num_proposals, vectorize_particles=vectorize)
-    pair = utility.pair(ladder.model, ladder.guide)
-    _, trace = pair.wake(((), batch))
+    trace, _ = utility._get_trace(ladder.model, ladder.guide, (), batch)
     states = torch.cat([trace.nodes[name]["value"] for name in ("z0", "z1")], -1)
 
     every = bits(4).to(device)
@@ -115,7 +114,7 @@ def test_proposals_under_nested_plates_masks_and_scales(vectorize):
             pyro.sample("z", dist.Bernoulli(logits=logits + 0 * x[:, :1]))
 
     utility = SymmetricUtility(num_proposals=2, vectorize_particles=vectorize)
-    _, trace = utility.pair(model, guide).wake(((x,), {}))
+    trace, _ = utility._get_trace(model, guide, (x,), {})
     z = torch.tensor([0.0, 1.0])
     log_q = dist.Bernoulli(logits=torch.tensor(0.5)).log_prob(z)
     prior = dist.Bernoulli(0.3).log_prob(z)

@@ -325,7 +325,7 @@ def test_each_player_moves_its_own_parameters(name, device):
         touched[run.role] |= run.parameters
         if run.is_scored:
             scored[run.role] |= run.parameters
-    state = symeq.state_dict()
+    state = symeq.state_dict()["players"]
     decoder, encoder = ({*state[role]["parameters"]} for role in ("decoder", "encoder"))
     assert scored["model"] <= decoder <= touched["model"]
     assert scored["guide"] - touched["model"] <= encoder <= touched["guide"] - touched["model"]
@@ -382,7 +382,7 @@ def test_gradients_are_those_of_each_players_utility(name, device):
         for role, player, recorder in zip(
             ("model", "guide"), ("decoder", "encoder"), recorders, strict=True
         ):
-            own = {n: leaves()[n] for n in symeq.state_dict()[player]["parameters"]}
+            own = {n: leaves()[n] for n in symeq.state_dict()["players"][player]["parameters"]}
             if program.is_sum:
                 total = replayed(program, noted, role)
                 assert total.item() == pytest.approx(getattr(loss, player), rel=1e-10)

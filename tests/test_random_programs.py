@@ -84,12 +84,12 @@ def gradient(utility, parameters):
 
 def check_players(case, enumerate_runs):
     objective, programs = prepare(case)
-    pair = objective.pair(*programs)
-    plays = (pair.decoder, case.theta), (pair.encoder, case.phi)
-    for (play, own), expected in zip(plays, utilities(case), strict=True):
+    stage = objective.stage(*programs)
+    players = {"decoder": case.theta, "encoder": case.phi}
+    for (player, own), expected in zip(players.items(), utilities(case), strict=True):
         parameters = list(own.values())
         utility, gradients = expectation(
-            enumerate_runs(lambda play=play: play(case.call())), parameters
+            enumerate_runs(lambda player=player: stage.score(player, case.call())), parameters
         )
         assert_equal(utility, expected.detach())
         for seen, wanted in zip(gradients, gradient(expected, parameters), strict=True):

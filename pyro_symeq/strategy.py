@@ -1,8 +1,8 @@
-"""A player of the game: what it may move, and the optimiser that moves it."""
+"""The strategy of a player: the values of its parameters, and the optimiser that moves them."""
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,33 +10,23 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from pyro_symeq.binding import Call
-from pyro_symeq.score import Score
-
 State = dict[str, Any]
 
 
-class Player:
-    """A program's parameters, and the optimiser that moves them.
+class Strategy:
+    """The parameters of a player, and the optimiser that moves them.
 
     Args:
-        name: ``decoder`` or ``encoder``.
-        play: Scores the program at a call.
-        optim: The optimiser, which may be the other player's too.
+        name: The name of the player.
+        optim: The optimiser, which may be other players' too.
     """
 
-    def __init__(self, name: str, play: Callable[[Call], Score], optim: PyroOptim) -> None:
+    def __init__(self, name: str, optim: PyroOptim) -> None:
         self.name = name
-        self.play = play
         self.optim = optim
         self.parameters: dict[str, Tensor] = {}
         self.pending: State = {"parameters": {}, "optim": {}}
         self.resumed = False
-
-    def score(self, call: Call) -> Score:
-        """Scores the program, once more if that brought up parameters whose values were loaded."""
-        score = self.play(call)
-        return self.play(call) if self.adopt(score.parameters) else score
 
     def adopt(self, parameters: Mapping[str, Tensor]) -> bool:
         """Takes note of parameters; new ones get the loaded values that wait for their names.

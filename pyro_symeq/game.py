@@ -1,0 +1,455 @@
+r"""Games of any number of players, each of which learns by gradient from its own utility.
+
+Player :math:`i` has a strategy :math:`\theta_i`, the values of its parameters, and climbs its
+utility :math:`u_i(\theta_1, \dots, \theta_n)` along :math:`\nabla_{\theta_i} u_i`. A Nash
+equilibrium is a point from which nobody gains by moving alone,
+
+.. math::
+    u_i(\theta_*) \ge u_i(\theta_{*1}, \dots, \theta_i, \dots, \theta_{*n})
+    \quad\text{for all } i \text{ and } \theta_i.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pyro.infer.util import is_validation_enabled
+from pyro.optim import PyroOptim
+from torch import Tensor, nn
+
+from pyro_symeq import randomness
+from pyro_symeq.binding import Call, Program
+from pyro_symeq.loss import GameLoss
+from pyro_symeq.ownership import NOTHING_TO_LEARN, Parameters
+from pyro_symeq.play import Score, Stage, Utility
+from pyro_symeq.rehearsal import aside
+from pyro_symeq.strategy import State, Strategy
+
+__all__ = ["Game", "Player"]
+
+Updates = Literal["alternating", "simultaneous"] | Sequence[str | Sequence[str]]
+
+NUM_TRIES = 100
+
+
+@dataclass(frozen=True)
+class Player:
+    r"""A program with its parameters, and what it maximises.
+
+    Args:
+        name: The name, by which utilities and schedules call it.
+        program: An ordinary Pyro program.
+        optim: The optimiser that moves its parameters; players may share one.
+        utility: A function ``utility(play, *args, **kwargs)`` of a :class:`Play` and of what
+            :meth:`Game.step` is given. It returns a scalar tensor (nats). A player without utility
+            and optimiser never moves, and others may draw from it: a fixed prior, say.
+        parameters: A module whose parameters are the player's own, or named parameters
+            (``net.named_parameters()``). If left out, those that its program touches and no
+            player before it does.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: There is an optimiser and no utility, or the reverse.
+
+    Example:
+        >>> def coin():
+        ...     p = pyro.param("p", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
+        ...     with pyro.plate("throws", 8):
+        ...         pyro.sample("heads", dist.Bernoulli(p))
+        >>> def likelihood(play, heads):
+        ...     return play.log_prob("coin", given={"heads": heads})
+        >>> Player("coin", coin, pyro.optim.Adam({"lr": 0.1}), likelihood)
+        Player('coin')
+    """
+
+    name: str
+    program: Program
+    optim: PyroOptim | None = None
+    utility: Utility | None = None
+    parameters: nn.Module | Iterable[tuple[str, Tensor]] | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.program):
+            raise TypeError(
+                f"Expected the program of player '{self.name}' to be a Pyro program, got "
+                f"{type(self.program).__name__}."
+            )
+        if not (self.optim is None or isinstance(self.optim, PyroOptim)):
+            raise TypeError(
+                f"Expected the optimiser of player '{self.name}' to be a pyro.optim.PyroOptim, "
+                f"got {type(self.optim).__name__}."
+            )
+        if (self.optim is None) != (self.utility is None):
+            lacking = "optimiser" if self.optim is None else "utility"
+            raise ValueError(
+                f"The player '{self.name}' has no {lacking}. Give it both an optimiser and a "
+                "utility, or neither if it is never to move."
+            )
+
+    def __repr__(self) -> str:
+        return f"Player({self.name!r})"
+
+    def claims(self) -> Parameters | None:
+        """The parameters that are its own whatever programs touch, if it was told."""
+        if self.parameters is None:
+            return None
+        named = self.parameters
+        return dict(named.named_parameters() if isinstance(named, nn.Module) else named)
+
+
+class Game:
+    r"""Learns the programs of any number of players.
+
+    Args:
+        players: The players. A parameter that several programs touch, and nobody claims, belongs
+            to the first of them.
+        updates: ``"alternating"``: each player moves in turn, against those who have moved before.
+            ``"simultaneous"``: all move from the same point. Or the moves of a step in order, each
+            a name, or several names that move at once: ``["a", "b", "b"]`` lets b move twice,
+            ``[("a", "b"), "c"]`` lets a and b move at once and c after them.
+
+    Raises:
+        TypeError: ``players`` are no players.
+        ValueError: Two players have one name or claim one parameter, nobody has a utility, or
+            ``updates`` names others.
+
+    References:
+        Symmetric Equilibrium Learning of VAEs (Flach, Schlesinger, Shekhovtsov, 2024), section 3
+        and eq. 17. https://arxiv.org/abs/2307.09883
+
+    Example:
+        >>> decoder, encoder = torch.nn.Linear(2, 4), torch.nn.Linear(4, 2)
+        >>> def p(x):
+        ...     pyro.module("decoder", decoder)
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Bernoulli(torch.full((2,), 0.5)).to_event(1))
+        ...         pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+        >>> def q(x):
+        ...     pyro.module("encoder", encoder)
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Bernoulli(logits=encoder(x)).to_event(1))
+        >>> def L_p(play, x):
+        ...     return play.log_prob("p", x, given=play.sample("q", x))
+        >>> def L_q(play, x):
+        ...     dream = play.sample("p", x)
+        ...     return play.log_prob("q", dream["x"], given={"z": dream["z"]})
+        >>> adam = pyro.optim.Adam({"lr": 1e-3})
+        >>> game = Game([Player("p", p, adam, L_p), Player("q", q, adam, L_q)])
+        >>> game.step(torch.eye(4)).utilities.keys()
+        dict_keys(['p', 'q'])
+    """
+
+    def __init__(self, players: Iterable[Player], *, updates: Updates = "alternating") -> None:
+        self.players = tuple(players)
+        self.updates = updates
+        self.num_steps = 0
+        self._by_name = _by_name(self.players)
+        self._learners = tuple(player.name for player in self.players if player.utility)
+        if not self._learners:
+            raise ValueError("No player has a utility, so nobody learns. Give one to some player.")
+        self._schedule = tuple(self._moves(updates))
+        self._strategies = {
+            player.name: Strategy(player.name, player.optim)
+            for player in self.players
+            if player.optim is not None
+        }
+        self._frozen: set[str] = set()
+        self._learnable: set[str] = set()
+        self._stage = Stage(
+            {player.name: player.program for player in self.players},
+            {player.name: player.utility for player in self.players if player.utility},
+            _claims(self.players),
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Game(players={list(self._by_name)}, updates={self.updates!r}, "
+            f"num_steps={self.num_steps})"
+        )
+
+    def freeze(self, *names: str) -> None:
+        """Lets players rest: they are drawn from and scored as ever, and don't move.
+
+        Args:
+            names: The names of players.
+
+        Raises:
+            ValueError: There is no such player.
+        """
+        self._check_names(names)
+        self._frozen.update(names)
+
+    def thaw(self, *names: str) -> None:
+        """Lets frozen players move again.
+
+        Args:
+            names: The names of players.
+
+        Raises:
+            ValueError: There is no such player.
+        """
+        self._check_names(names)
+        self._frozen.difference_update(names)
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The names of the players that rest."""
+        return frozenset(self._frozen)
+
+    @torch.enable_grad()
+    def step(self, *args: Any, **kwargs: Any) -> GameLoss:
+        r"""Lets the players move, as the schedule says.
+
+        Args:
+            args: What the utilities take after ``play``, or one :class:`Batch` or several.
+            kwargs: Likewise.
+
+        Returns:
+            The loss :math:`-\sum_i u_i` (nats), a float with ``.utilities`` of the players that
+            moved: each at the last draw before its player did.
+
+        Raises:
+            TypeError: A utility returns no tensor.
+            ValueError: A player can't learn from this batch, a utility returns no scalar or is not
+                finite, or all players are frozen. Nothing has moved then; with Pyro's validation
+                off, players that came before may have.
+        """
+        call = (args, kwargs)
+        rounds = self._rounds()
+        self._set_loaded(call)
+        self._check_learnable(call, rounds)
+        utilities = {}
+        with ExitStack() as stack:
+            if is_validation_enabled():
+                for name in {name for names in rounds[:-1] for name in names}:
+                    stack.enter_context(self._strategies[name].undone_on_error())
+            for names in rounds:
+                scores = [self._score(name, call) for name in names]
+                gradients = [score.gradients(score.parameters.values()) for score in scores]
+                for name, score, gradient in zip(names, scores, gradients, strict=True):
+                    self._strategies[name].move(score.parameters, gradient)
+                    utilities[name] = score.utility.item()
+            utilities |= self._utilities(call, self._watched() - utilities.keys())
+        self.num_steps += 1
+        return GameLoss({name: utilities[name] for name in self._learners if name in utilities})
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> GameLoss:
+        r"""Estimates the loss :math:`-\sum_i u_i` (nats); nothing moves.
+
+        Args:
+            args: What the utilities take after ``play``, or one :class:`Batch` or several.
+            kwargs: Likewise.
+
+        Returns:
+            A float with ``.utilities`` of the players that are not frozen.
+        """
+        call = (args, kwargs)
+        with torch.no_grad():
+            self._set_loaded(call)
+        return GameLoss(self._utilities(call, self._watched() | self._awake()))
+
+    def state_dict(self) -> State:
+        """Copies all that a training needs to go on as if it had never stopped.
+
+        Returns:
+            The unconstrained parameters and the optimiser states of all players by parameter name,
+            who is frozen, the place in the schedule, and the states of the random number
+            generators of torch, numpy and Python. ``torch.load`` reads it with
+            ``weights_only=True``. Buffers of modules (running averages, say) are not parameters:
+            save them with the modules.
+        """
+        return {
+            "players": {name: player.state_dict() for name, player in self._strategies.items()},
+            "frozen": sorted(self._frozen),
+            "num_steps": self.num_steps,
+            "random": randomness.get_state(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Goes back to a state.
+
+        Parameters that the programs have not touched yet take their values when they first do, in
+        the next :meth:`step` or :meth:`evaluate_loss`.
+
+        Args:
+            state: What :meth:`state_dict` returned, of the same programs.
+
+        Raises:
+            ValueError: The state isn't one of these programs; nothing has changed.
+        """
+        what = type(self).__name__
+        _check_keys(f"a state of {what} with the keys", state, {*self.state_dict()})
+        _check_keys(f"a state of {what} with the players", state["players"], {*self._strategies})
+        for name, strategy in self._strategies.items():
+            strategy.check(state["players"][name])
+        for name, strategy in self._strategies.items():
+            strategy.load_state_dict(state["players"][name])
+        self._frozen = set(state["frozen"])
+        self.num_steps = state["num_steps"]
+        randomness.set_state(state["random"])
+
+    def _moves(self, updates: Updates) -> Iterator[tuple[str, ...]]:
+        """The players that move at once, in turn."""
+        if updates == "alternating":
+            updates = self._learners
+        elif updates == "simultaneous":
+            updates = [self._learners]
+        if isinstance(updates, str):
+            raise ValueError(
+                "Expected updates='alternating', 'simultaneous' or the names of players in "
+                f"order, got {updates!r}."
+            )
+        for names in updates:
+            together = (names,) if isinstance(names, str) else tuple(names)
+            self._check_names(together)
+            if idle := sorted(set(together) - set(self._learners)):
+                raise ValueError(f"updates= names {idle}, who have no utility and never move.")
+            if len(set(together)) < len(together):
+                raise ValueError(f"updates= lets a player move twice at once: {together}.")
+            yield together
+
+    def _rounds(self) -> list[tuple[str, ...]]:
+        """The moves of this step, without those of players who rest."""
+        awake = self._awake()
+        rounds = [tuple(name for name in names if name in awake) for names in self._schedule]
+        if not any(rounds):
+            raise ValueError(
+                f"Nobody moves: the players {sorted(self._frozen)} are frozen. Thaw one."
+            )
+        return [names for names in rounds if names]
+
+    def _awake(self) -> set[str]:
+        """The players that may move in this step."""
+        return set(self._learners) - self._frozen
+
+    def _watched(self) -> set[str]:
+        """The players whose utility a step tells even where they don't move."""
+        return set()
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self._by_name:
+                raise ValueError(f"There is no player '{name}'; there are {list(self._by_name)}.")
+
+    def _utilities(self, call: Call, names: set[str]) -> dict[str, float]:
+        with torch.no_grad():
+            return {
+                name: self._score(name, call).utility.item()
+                for name in self._learners
+                if name in names
+            }
+
+    def _score(self, name: str, call: Call) -> Score:
+        """Scores a player, once more if that brought up parameters whose values were loaded."""
+        score = self._stage.score(name, call)
+        if self._strategies[name].adopt(score.parameters):
+            return self._stage.score(name, call)
+        return score
+
+    def _set_loaded(self, call: Call) -> None:
+        """Sets the loaded parameters that the programs touch in this call, before it is played."""
+        names = self._watched() | self._awake()
+        waiting = {name: self._strategies[name] for name in self._learners if name in names}
+        found = True
+        while found and any(strategy.pending["parameters"] for strategy in waiting.values()):
+            with aside():
+                found = any(
+                    [
+                        strategy.adopt(self._stage.score(name, call).parameters)
+                        for name, strategy in waiting.items()
+                    ]
+                )
+
+    def _check_learnable(self, call: Call, rounds: Iterable[tuple[str, ...]]) -> None:
+        """Checks once, on the side, that those who move can: all that move are tried before any."""
+        moving = {name for names in rounds for name in names}
+        if moving <= self._learnable:
+            return
+        with aside():
+            trying = [name for name in self._learners if name in moving | self._watched()]
+            scores = {name: self._try(name, call) for name in trying}
+        for name, score in scores.items():
+            _check_learnable(name, score)
+        if not any(score.parameters for score in scores.values()):
+            raise ValueError(NOTHING_TO_LEARN)
+        self._learnable |= moving
+
+    def _try(self, name: str, call: Call) -> Score:
+        """Scores a player until a draw makes use of its parameters, as not every draw may do."""
+        for _ in range(NUM_TRIES):
+            score = self._score(name, call)
+            if score.utility.requires_grad or not score.parameters:
+                break
+        return score
+
+
+def _check_learnable(name: str, score: Score) -> None:
+    if score.parameters and not score.utility.requires_grad:
+        raise ValueError(
+            f"The utility of the {name} doesn't depend on its parameters "
+            f"{sorted(score.parameters)}. Is its program run without gradients?"
+        )
+    if not score.unnamed:
+        return
+    shapes = [tuple(leaf.shape) for leaf in score.unnamed]
+    problem = (
+        f"The {name}'s program uses parameters that no statement names, with shapes "
+        f"{shapes}. Register their networks with pyro.module or as attributes of a "
+        "PyroModule; if they are, other parameters of that name are in the way: "
+        "pyro.clear_param_store()."
+    )
+    if not score.parameters:
+        raise ValueError(f"There is nothing to learn for the {name}. {problem}")
+    warnings.warn(f"{problem} They are not trained.", stacklevel=4)
+
+
+def optim_of(optim: PyroOptim | Mapping[str, PyroOptim], name: str) -> PyroOptim:
+    """The optimiser of a player, where there is one for all or one for each.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: There is none of that name.
+    """
+    if isinstance(optim, PyroOptim):
+        return optim
+    if not isinstance(optim, Mapping):
+        raise TypeError(
+            "Expected optim to be a pyro.optim.PyroOptim or a dict of them by name, got "
+            f"{type(optim).__name__}."
+        )
+    if name not in optim:
+        raise ValueError(f"optim= has no optimiser for '{name}'; it has some for {list(optim)}.")
+    return optim[name]
+
+
+def _by_name(players: Sequence[Player]) -> dict[str, Player]:
+    by_name = {}
+    for player in players:
+        if not isinstance(player, Player):
+            raise TypeError(f"Expected players to be of class Player, got {player!r}.")
+        if player.name in by_name:
+            raise ValueError(f"Two players have the name '{player.name}'. Give each its own.")
+        by_name[player.name] = player
+    return by_name
+
+
+def _claims(players: Iterable[Player]) -> dict[str, Parameters]:
+    claims = {player.name: own for player in players if (own := player.claims()) is not None}
+    owner: dict[Tensor, str] = {}
+    for name, own in claims.items():
+        for parameter, leaf in own.items():
+            if owner.setdefault(leaf, name) != name:
+                raise ValueError(
+                    f"The players '{owner[leaf]}' and '{name}' both claim the parameter "
+                    f"'{parameter}'. Leave it to one of them."
+                )
+    return claims
+
+
+def _check_keys(expected: str, state: Any, keys: set[str]) -> None:
+    if not isinstance(state, Mapping) or state.keys() != keys:
+        got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"Expected {expected} {sorted(keys)}, got {got}.")

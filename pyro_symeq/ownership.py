@@ -1,0 +1,82 @@
+"""Who owns which parameter, by tensor and whatever its name."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+Parameters = dict[str, Tensor]
+
+NOTHING_TO_LEARN = (
+    "There is nothing to learn: neither the model nor the guide touches a parameter. Declare "
+    "parameters with pyro.param, or register networks with pyro.module or as attributes of a "
+    "PyroModule."
+)
+
+
+class Owners:
+    """Keeps which player owns which parameter.
+
+    A player owns what it claims. A parameter that nobody claims belongs to the first of the
+    players whose program touches it, in the order in which they are named.
+
+    Args:
+        players: The names of the players.
+        claims: The parameters that some of them claim: these own no others.
+    """
+
+    def __init__(self, players: Sequence[str], claims: Mapping[str, Parameters]) -> None:
+        self.claims = claims
+        self._rank = {name: rank for rank, name in enumerate(players)}
+        self._owner = {leaf: name for name, own in claims.items() for leaf in own.values()}
+        self._claimed = frozenset(self._owner)
+        self._uses_unnamed: dict[tuple[str, ...], bool] = {}
+
+    def touch(self, player: str, leaves: Iterable[Tensor]) -> None:
+        """Takes note of parameters that a player's program uses."""
+        if player in self.claims:
+            return
+        for leaf in leaves:
+            owner = self._owner.setdefault(leaf, player)
+            if self._rank[player] < self._rank[owner] and leaf not in self._claimed:
+                self._owner[leaf] = player
+
+    def owned(self, player: str, touched: Parameters) -> Parameters:
+        """The parameters of a player: those that it claims, or its own of those it touched."""
+        if player in self.claims:
+            return self.claims[player]
+        return {name: leaf for name, leaf in touched.items() if self._owner.get(leaf) == player}
+
+    def unnamed(
+        self, player: str, utility: Tensor, named: Iterable[Tensor], sites: tuple[str, ...]
+    ) -> list[Tensor]:
+        """Finds a player's leaves behind a utility that no parameter statement names.
+
+        The graph is searched once for each set of sites, and always where there are such leaves.
+
+        Args:
+            player: The player.
+            utility: A utility with its graph.
+            named: The parameters that statements name.
+            sites: What the programs scored, to tell the graphs of utilities apart.
+        """
+        if not utility.requires_grad or not self._uses_unnamed.get((player, *sites), True):
+            return []
+        known = {*named, *self._claimed}
+        leaves = [leaf for leaf in _graph_leaves(utility) if leaf not in known]
+        self._uses_unnamed[player, *sites] = bool(leaves)
+        self.touch(player, leaves)
+        return [leaf for leaf in leaves if self._owner.get(leaf) == player]
+
+
+def _graph_leaves(value: Tensor) -> Iterator[Tensor]:
+    """Walks over the tensors that a gradient of a value would be accumulated in."""
+    nodes = [value.grad_fn]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        nodes.extend(parent for parent, _ in node.next_functions)

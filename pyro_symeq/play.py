@@ -1,0 +1,273 @@
+r"""The two verbs that utilities are written with, and the score of a player.
+
+A utility is a function of a :class:`Play` and of the batch. It draws from programs and scores
+others at the draws, as in the decoder's
+
+.. math::
+    L_p(\theta, \varphi)
+        = \mathbb{E}_{\pi(x)} \mathbb{E}_{q_\varphi(z \mid x)} [\log p_\theta(x, z)],
+
+which is ``play.log_prob("decoder", x, given=play.sample("encoder", x))``.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_symeq import passes
+from pyro_symeq.batch import batches
+from pyro_symeq.binding import Call, Program
+from pyro_symeq.ownership import Owners, Parameters
+
+__all__ = ["Play"]
+
+Masks = dict[str, Tensor]
+Utility = Callable[..., Tensor]  # of a Play, and of what the step is given
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A run of a player's program, and where it is scored.
+
+    Args:
+        trace: The trace.
+        names: The random variables and factors that count.
+        masks: Where some of them count, if not everywhere.
+    """
+
+    trace: Trace
+    names: list[str]
+    masks: Masks
+
+
+class Play:
+    """What a utility has in its hands: the programs of all players, to draw from and to score.
+
+    Args:
+        programs: The programs by the names of their players.
+        owners: Who owns which parameter.
+    """
+
+    def __init__(self, programs: Mapping[str, Program], owners: Owners) -> None:
+        self.programs = programs
+        self.owners = owners
+        self.log_probs: list[tuple[str, str, Tensor]] = []  # player, site, nats
+        self.touched: dict[str, Parameters] = {name: {} for name in programs}
+
+    def sample(
+        self, player: str, /, *args: Any, given: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Runs a player's program and draws its random variables, without a gradient.
+
+        What the program observes (``obs=``) is drawn too: this is the player's own idea of the
+        data. To fix a site, give its value.
+
+        Args:
+            player: The name of the player.
+            args: The arguments of its program.
+            given: Values for some of its sites, which broadcast to the shapes of the sites.
+            kwargs: The keyword arguments of the program.
+
+        Returns:
+            The values of all random variables of the program, by site name.
+
+        Raises:
+            ValueError: There is no such player or site, or a value does not fit its site.
+        """
+        given = given or {}
+        with torch.no_grad():
+            trace = passes.sample(self._program(player), (args, kwargs), given)
+        self._check_given(player, trace, given)
+        self.owners.touch(player, passes.parameters(trace).values())
+        return {name: passes.value(trace, name) for name, _ in passes.sample_sites(trace)}
+
+    def log_prob(
+        self, player: str, /, *args: Any, given: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> Tensor:
+        r"""Scores a player's program at values of its random variables.
+
+        The gradient of a utility is taken in its player's own parameters only. The values are
+        data: no gradient passes through them. Factors count; sites without a density
+        (:class:`Implicit`) and auxiliary ones (``infer={"is_auxiliary": True}``) don't.
+
+        Args:
+            player: The name of the player.
+            args: The arguments of its program.
+            given: The values of its sites, except of those that it observes (``obs=``). They
+                broadcast to the shapes of the sites.
+            kwargs: The keyword arguments of the program.
+
+        Returns:
+            The log-probability (nats), a scalar: summed over the batch, scaled and masked as Pyro
+            does.
+
+        Raises:
+            ValueError: There is no such player or site, a site has no value, or a value does not
+                fit its site.
+        """
+        given = given or {}
+        trace = passes.fix_all(self._program(player), (args, kwargs), given)
+        self._check_given(player, trace, given)
+        if unknown := passes.unobserved(trace, given):
+            raise ValueError(
+                f"The program of player '{player}' samples {unknown}, for which log_prob has no "
+                "value. Give one with given=, or observe these sites (obs=)."
+            )
+        sites = [name for name, site in passes.sample_sites(trace) if not passes.is_implicit(site)]
+        if not (names := sites + passes.factors(trace)):
+            raise ValueError(
+                f"The program of player '{player}' samples no site with a density, so it has no "
+                "log-probability."
+            )
+        return self.score(player, Scored(trace, names, {}))
+
+    def score(self, player: str, *runs: Scored) -> Tensor:
+        """Sums the log-probabilities (nats) of runs of a player's program.
+
+        Args:
+            player: The name of the player.
+            runs: The runs, and where they are scored.
+        """
+        log_probs = {
+            (i, name): log_prob
+            for i, run in enumerate(runs)
+            for name, log_prob in passes.log_probs(run.trace, run.names, run.masks).items()
+        }
+        self.log_probs += [(player, name, value) for (_, name), value in log_probs.items()]
+        for run in runs:
+            self.touched[player] |= passes.parameters(run.trace)
+        self.owners.touch(player, self.touched[player].values())
+        return torch.stack(list(log_probs.values())).sum()
+
+    def aside(self) -> "Play":
+        """A play of the same programs, of which nothing counts."""
+        return Play(self.programs, self.owners)
+
+    def check_finite(self, player: str, utility: Tensor) -> None:
+        """Checks a player's utility.
+
+        Raises:
+            ValueError: It is not finite.
+        """
+        if not torch.isfinite(utility):
+            sites = {
+                name if scored == player else f"{name} ({scored})": value.item()
+                for scored, name, value in self.log_probs
+                if not torch.isfinite(value)
+            }
+            raise ValueError(
+                f"Expected a finite utility of the {player}, got {utility.item()} from these "
+                f"log-probabilities (nats): {sites}. Look for NaN in the data, for values outside "
+                "the support of these sites, and for a learning rate that is too large."
+            )
+
+    def _program(self, player: str) -> Program:
+        if player not in self.programs:
+            raise ValueError(f"There is no player '{player}'; there are {list(self.programs)}.")
+        return self.programs[player]
+
+    def _check_given(self, player: str, trace: Trace, given: Mapping[str, Tensor]) -> None:
+        sites = dict(passes.sample_sites(trace))
+        if unknown := given.keys() - sites.keys():
+            raise ValueError(
+                f"given= holds values for {sorted(unknown)}; the program of player '{player}' "
+                f"samples {sorted(sites)}."
+            )
+        for name in given:
+            value, fn = passes.value(trace, name), sites[name]["fn"]
+            if value.shape != fn.shape():
+                raise ValueError(
+                    f"Expected a value for site '{name}' of player '{player}' that broadcasts to "
+                    f"shape {tuple(fn.shape())}, got {tuple(value.shape)}."
+                )
+            if is_validation_enabled() and not fn.support.check(value).all():
+                raise ValueError(
+                    f"The value given for site '{name}' of player '{player}' lies outside its "
+                    f"support {fn.support}."
+                )
+
+
+@dataclass(frozen=True)
+class Score:
+    """A player's utility at one draw.
+
+    Args:
+        utility: The utility, a scalar with a graph to the player's program.
+        parameters: The player's parameters (leaves), by name.
+        unnamed: Parameters of the player that its program uses without a statement.
+    """
+
+    utility: Tensor
+    parameters: Parameters
+    unnamed: list[Tensor]
+
+    def gradients(self, parameters: Iterable[Tensor]) -> list[Tensor | None]:
+        """The gradient of the negative utility in some of the player's parameters."""
+        leaves = list(parameters)
+        if not (leaves and self.utility.requires_grad):
+            return [None] * len(leaves)
+        return list(torch.autograd.grad(-self.utility, leaves, allow_unused=True))
+
+
+class Stage:
+    """Where games are played: all programs and utilities, and who owns which parameter.
+
+    Args:
+        programs: The programs, by the names of the players.
+        utilities: The utilities of those players that have one.
+        claims: The parameters that some players claim as their own.
+    """
+
+    def __init__(
+        self,
+        programs: Mapping[str, Program],
+        utilities: Mapping[str, Utility],
+        claims: Mapping[str, Parameters] | None = None,
+    ) -> None:
+        self.programs = programs
+        self.utilities = utilities
+        self.owners = Owners(list(programs), claims or {})
+
+    def play(self) -> Play:
+        """Begins a play."""
+        return Play(self.programs, self.owners)
+
+    def score(self, player: str, call: Call) -> Score:
+        """Draws a player's utility: the weighted sum over the batches of a step.
+
+        Raises:
+            TypeError: The utility is no tensor.
+            ValueError: It is no scalar, or not finite.
+        """
+        play = self.play()
+        utility = torch.zeros(())
+        for i, batch in enumerate(batches(call)):
+            args, kwargs = batch.call
+            part = self.utilities[player](play, *args, **kwargs)
+            _check_scalar(player, part)
+            part = part if batch.weight == 1 else batch.weight * part
+            utility = utility + part if i else part
+        play.check_finite(player, utility)
+        touched = play.touched[player]
+        named = {leaf for leaves in play.touched.values() for leaf in leaves.values()}
+        sites = tuple(name for _, name, _ in play.log_probs)
+        unnamed = self.owners.unnamed(player, utility, named, sites)
+        return Score(utility, self.owners.owned(player, touched), unnamed)
+
+
+def _check_scalar(player: str, utility: Any) -> None:
+    if not isinstance(utility, Tensor):
+        raise TypeError(
+            f"Expected the utility of player '{player}' to return a scalar tensor, got "
+            f"{type(utility).__name__}. Return what play.log_prob gives, or a sum of such."
+        )
+    if utility.dim() > 0:
+        raise ValueError(
+            f"Expected the utility of player '{player}' to return a scalar, got shape "
+            f"{tuple(utility.shape)}. Sum over the batch."
+        )
