@@ -1,6 +1,9 @@
 """Symmetric equilibrium learning of VAEs for Pyro programs."""
 
 from pyro_symeq.batch import Batch
+from pyro_symeq.conditional_game import conditional_game
+from pyro_symeq.conditionals import Conditionals
+from pyro_symeq.data_exchange import data_exchange_game
 from pyro_symeq.distributions import Implicit
 from pyro_symeq.equilibrium import SymmetricEquilibrium
 from pyro_symeq.game import Game, Player
@@ -12,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "Conditionals",
     "Game",
     "GameLoss",
     "Implicit",
@@ -20,4 +24,6 @@ __all__ = [
     "SymmetricEquilibrium",
     "SymmetricLoss",
     "SymmetricUtility",
+    "conditional_game",
+    "data_exchange_game",
 ]

@@ -12,7 +12,7 @@ and each player climbs its own utility towards it: :math:`\theta` along :math:`\
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 
 from pyro_symeq.binding import Program
-from pyro_symeq.game import Game, Player
+from pyro_symeq.game import Game, Own, Player
 from pyro_symeq.loss import SymmetricLoss
 from pyro_symeq.rehearsal import Bind
 from pyro_symeq.utility import SymmetricUtility, check_count
@@ -48,6 +48,9 @@ class SymmetricEquilibrium(Game):
         encoder_steps: How often the encoder does.
         encoder_warmup: In how many first calls the encoder alone moves, on dreams of the untrained
             decoder.
+        parameters: Modules whose parameters are the ``"decoder"``'s or the ``"encoder"``'s own, if
+            it isn't to be what the model touches and the rest of what the guide does; see
+            :class:`Player`.
 
     Raises:
         TypeError: ``optim`` is neither a ``PyroOptim`` nor a pair of them.
@@ -88,12 +91,18 @@ class SymmetricEquilibrium(Game):
         decoder_steps: int = 1,
         encoder_steps: int = 1,
         encoder_warmup: int = 0,
+        parameters: Mapping[str, Own] | None = None,
     ) -> None:
         if updates not in ("alternating", "simultaneous"):
             raise ValueError(f"Expected updates='alternating' or 'simultaneous', got {updates!r}.")
         check_count("decoder_steps", decoder_steps, at_least=1)
         check_count("encoder_steps", encoder_steps, at_least=1)
         check_count("encoder_warmup", encoder_warmup, at_least=0)
+        own = parameters or {}
+        if unknown := own.keys() - {"decoder", "encoder"}:
+            raise ValueError(
+                f"parameters= names {sorted(unknown)}; the players are 'decoder' and 'encoder'."
+            )
         self.model = model
         self.guide = guide
         self.optim = optim
@@ -105,8 +114,8 @@ class SymmetricEquilibrium(Game):
         decoder, encoder = _pair_of_optims(optim)
         super().__init__(
             [
-                Player("decoder", model, decoder, utilities["decoder"]),
-                Player("encoder", guide, encoder, utilities["encoder"]),
+                Player("decoder", model, decoder, utilities["decoder"], own.get("decoder")),
+                Player("encoder", guide, encoder, utilities["encoder"], own.get("encoder")),
             ],
             updates=list(_schedule(updates, decoder_steps, encoder_steps)),
         )

@@ -30,6 +30,7 @@ from pyro_symeq.strategy import State, Strategy
 
 __all__ = ["Game", "Player"]
 
+Own = nn.Module | Iterable[tuple[str, Tensor]]
 Updates = Literal["alternating", "simultaneous"] | Sequence[str | Sequence[str]]
 
 NUM_TRIES = 100
@@ -69,7 +70,7 @@ class Player:
     program: Program
     optim: PyroOptim | None = None
     utility: Utility | None = None
-    parameters: nn.Module | Iterable[tuple[str, Tensor]] | None = None
+    parameters: Own | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.program):
@@ -85,8 +86,8 @@ class Player:
         if (self.optim is None) != (self.utility is None):
             lacking = "optimiser" if self.optim is None else "utility"
             raise ValueError(
-                f"The player '{self.name}' has no {lacking}. Give it both an optimiser and a "
-                "utility, or neither if it is never to move."
+                f"Expected player '{self.name}' to have both an optimiser and a utility, or "
+                f"neither if it is never to move; it has no {lacking}."
             )
 
     def __repr__(self) -> str:
@@ -280,9 +281,8 @@ class Game:
         Raises:
             ValueError: The state isn't one of these programs; nothing has changed.
         """
-        what = type(self).__name__
-        _check_keys(f"a state of {what} with the keys", state, {*self.state_dict()})
-        _check_keys(f"a state of {what} with the players", state["players"], {*self._strategies})
+        _check_keys(type(self).__name__, "keys", state, {*self.state_dict()})
+        _check_keys(type(self).__name__, "players", state["players"], {*self._strategies})
         for name, strategy in self._strategies.items():
             strategy.check(state["players"][name])
         for name, strategy in self._strategies.items():
@@ -449,7 +449,7 @@ def _claims(players: Iterable[Player]) -> dict[str, Parameters]:
     return claims
 
 
-def _check_keys(expected: str, state: Any, keys: set[str]) -> None:
+def _check_keys(owner: str, what: str, state: Any, keys: set[str]) -> None:
     if not isinstance(state, Mapping) or state.keys() != keys:
         got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(f"Expected {expected} {sorted(keys)}, got {got}.")
+        raise ValueError(f"Expected a state of {owner} with the {what} {sorted(keys)}, got {got}.")

@@ -103,8 +103,7 @@ class Play:
             kwargs: The keyword arguments of the program.
 
         Returns:
-            The log-probability (nats), a scalar: summed over the batch, scaled and masked as Pyro
-            does.
+            A scalar, summed over the batch, scaled and masked as Pyro does (nats).
 
         Raises:
             ValueError: There is no such player or site, a site has no value, or a value does not

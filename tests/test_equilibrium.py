@@ -400,3 +400,35 @@ def test_repr_tells_the_schedule():
     assert "updates='alternating'" in repr(
         SymmetricEquilibrium(ladder.model, ladder.guide, FROZEN)
     )
+
+
+def test_what_a_player_claims_is_its_own():
+    """A network that both programs use belongs to the encoder, if it is told so."""
+    shared = nn.Linear(2, 2)
+    bias = nn.Parameter(torch.zeros(2))
+
+    def model(x):
+        pyro.module("shared", shared)
+        pyro.param("bias", bias)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(shared(z) + bias, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("shared", shared)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(shared(x), 1.0).to_event(1))
+
+    own = {"encoder": shared}
+    symeq = SymmetricEquilibrium(model, guide, SGD({"lr": 0.1}), parameters=own)
+    symeq.step(torch.randn(5, 2))
+    players = symeq.state_dict()["players"]
+    assert players["decoder"]["parameters"].keys() == {"bias"}
+    assert players["encoder"]["parameters"].keys() == {"weight", "bias"}
+    symeq.freeze("encoder")
+    before = shared.weight.clone()
+    symeq.step(torch.randn(5, 2))
+    assert torch.equal(shared.weight, before)
+
+    with pytest.raises(ValueError, match="parameters= names \\['guide'\\]"):
+        SymmetricEquilibrium(model, guide, SGD({"lr": 0.1}), parameters={"guide": shared})
