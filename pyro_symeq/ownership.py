@@ -35,9 +35,10 @@ class Owners:
         """Takes note of parameters that a player's program uses."""
         if player in self.claims:
             return
+        rank = self._rank[player]
         for leaf in leaves:
             owner = self._owner.setdefault(leaf, player)
-            if self._rank[player] < self._rank[owner] and leaf not in self._claimed:
+            if rank < self._rank[owner] and leaf not in self._claimed:
                 self._owner[leaf] = player
 
     def owned(self, player: str, touched: Parameters) -> Parameters:
@@ -47,7 +48,7 @@ class Owners:
         return {name: leaf for name, leaf in touched.items() if self._owner.get(leaf) == player}
 
     def unnamed(
-        self, player: str, utility: Tensor, named: Iterable[Tensor], sites: tuple[str, ...]
+        self, player: str, utility: Tensor, named: Iterable[Parameters], sites: tuple[str, ...]
     ) -> list[Tensor]:
         """Finds a player's leaves behind a utility that no parameter statement names.
 
@@ -61,7 +62,7 @@ class Owners:
         """
         if not utility.requires_grad or not self._uses_unnamed.get((player, *sites), True):
             return []
-        known = {*named, *self._claimed}
+        known = self._claimed.union(*(parameters.values() for parameters in named))
         leaves = [leaf for leaf in _graph_leaves(utility) if leaf not in known]
         self._uses_unnamed[player, *sites] = bool(leaves)
         self.touch(player, leaves)

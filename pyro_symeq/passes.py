@@ -274,10 +274,11 @@ def subsampled_plates(site: Site) -> set[str]:
 def split_sites(trace: Trace) -> dict[str, Tensor]:
     """The random variables that are split by ``obs_mask=``, with their masks."""
     masks = {}
-    for name in trace.nodes:
-        part: Site = trace.nodes.get(name + OBSERVED)
-        if part is not None and OBS_MASK in part["infer"] and name + UNOBSERVED in trace:
-            masks[name] = part["infer"][OBS_MASK]
+    for part, site in trace.nodes.items():
+        if part.endswith(OBSERVED) and OBS_MASK in site["infer"]:
+            name = part.removesuffix(OBSERVED)
+            if name in trace and name + UNOBSERVED in trace:
+                masks[name] = site["infer"][OBS_MASK]
     return masks
 
 

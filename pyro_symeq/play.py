@@ -252,11 +252,9 @@ class Stage:
             part = part if batch.weight == 1 else batch.weight * part
             utility = utility + part if i else part
         play.check_finite(player, utility)
-        touched = play.touched[player]
-        named = {leaf for leaves in play.touched.values() for leaf in leaves.values()}
         sites = tuple(name for _, name, _ in play.log_probs)
-        unnamed = self.owners.unnamed(player, utility, named, sites)
-        return Score(utility, self.owners.owned(player, touched), unnamed)
+        unnamed = self.owners.unnamed(player, utility, play.touched.values(), sites)
+        return Score(utility, self.owners.owned(player, play.touched[player]), unnamed)
 
 
 def _check_scalar(player: str, utility: Any) -> None:
