@@ -44,8 +44,8 @@ def data_exchange_game(
     r"""Makes a game of generative models that exchange dreams.
 
     A model takes its data by keyword, and observes each at the site of the argument's name:
-    ``def model(x, y=None)`` with ``pyro.sample("x", ..., obs=x)``. So models may live on different
-    variables: each is given those of the others' that it takes. A pair ``(model, guide)`` may
+    ``def model(x, y=None)`` with ``pyro.sample("x", ..., obs=x)``. Of others' dreams it is given
+    the sites that it takes, so models may live on different variables. A pair ``(model, guide)`` may
     have latents, and learns semi-supervised from what it is given, as by
     :class:`SymmetricEquilibrium`: the guide draws what is missing, and learns from dreams.
 
@@ -117,11 +117,10 @@ class _Member:
         return play.log_prob(self.name, **data)
 
     def dream(self, play: Play, data: Data, num_rows: int) -> Data:
-        """Dreams of this model, in the form of its data and with so many rows."""
+        """Dreams of this model, with so many rows: what it takes, as far as it draws it."""
         like = {name: _with_rows(value, num_rows) for name, value in data.items()}
         drawn = play.sample(self.dreamer, **like)
-        dreamed = {name: value for name, value in drawn.items() if self.takes(name)}
-        return like | {name: _shaped(x, like.get(name)) for name, x in dreamed.items()}
+        return {name: _shaped(x, like.get(name)) for name, x in drawn.items() if self.takes(name)}
 
     def takes(self, name: str) -> bool:
         """Whether the model takes an argument of that name."""
@@ -161,8 +160,8 @@ class _Exchange:
         seen = {key: value for key, value in dream.items() if self.members[name].takes(key)}
         if not seen:
             raise ValueError(
-                f"The model '{name}' takes none of the variables {sorted(dream)} of '{other}', so "
-                "it can't learn from it. Set its weight to 0."
+                f"The model '{name}' takes none of the variables {sorted(dream)} that '{other}' "
+                "dreams. Name arguments and sites alike in both models, or set its weight to 0."
             )
         return seen
 

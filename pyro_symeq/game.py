@@ -83,6 +83,8 @@ class Player:
                 f"Expected the optimiser of player '{self.name}' to be a pyro.optim.PyroOptim, "
                 f"got {type(self.optim).__name__}."
             )
+        if not isinstance(self.parameters, (nn.Module, type(None))):
+            object.__setattr__(self, "parameters", list(self.parameters))
         if (self.optim is None) != (self.utility is None):
             lacking = "optimiser" if self.optim is None else "utility"
             raise ValueError(
@@ -94,11 +96,22 @@ class Player:
         return f"Player({self.name!r})"
 
     def claims(self) -> Parameters | None:
-        """The parameters that are its own whatever programs touch, if it was told."""
-        if self.parameters is None:
-            return None
+        """The parameters that are its own whatever programs touch, if it was told.
+
+        Raises:
+            TypeError: What it was told are no named parameters.
+        """
         named = self.parameters
-        return dict(named.named_parameters() if isinstance(named, nn.Module) else named)
+        if named is None:
+            return None
+        pairs = list(named.named_parameters() if isinstance(named, nn.Module) else named)
+        if not all(isinstance(x, tuple) and isinstance(x[-1], Tensor) for x in pairs):
+            raise TypeError(
+                f"Expected the parameters of player '{self.name}' to be a module or named "
+                f"parameters, got {type(pairs[0]).__name__} among them. Pass the network, or "
+                "network.named_parameters()."
+            )
+        return dict(pairs)
 
 
 class Game:

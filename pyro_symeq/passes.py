@@ -274,10 +274,10 @@ def subsampled_plates(site: Site) -> set[str]:
 def split_sites(trace: Trace) -> dict[str, Tensor]:
     """The random variables that are split by ``obs_mask=``, with their masks."""
     masks = {}
-    for part, site in trace.nodes.items():
-        if part.endswith(OBSERVED) and OBS_MASK in site["infer"]:
-            name = part.removesuffix(OBSERVED)
-            if name in trace and name + UNOBSERVED in trace:
+    for part in trace.nodes:
+        if part.endswith(OBSERVED):
+            name, site = part.removesuffix(OBSERVED), _site(trace, part)
+            if OBS_MASK in site["infer"] and name in trace and name + UNOBSERVED in trace:
                 masks[name] = site["infer"][OBS_MASK]
     return masks
 
@@ -414,6 +414,10 @@ def is_implicit(site: Site) -> bool:
 def is_point(site: Site) -> bool:
     """Whether the distribution of a site has all its mass at a point."""
     return isinstance(_base(site["fn"]), Delta)
+
+
+def _site(trace: Trace, name: str) -> Site:
+    return trace.nodes[name]
 
 
 def _is_computed(site: Site) -> bool:

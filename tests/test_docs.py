@@ -160,7 +160,7 @@ def test_each_row_has_its_message():
     assert not stale, "docs/errors.md tells of messages that are not in the code"
 
 
-PAGES = ["coming_from_svi.md", "semi_supervised.md", "collapse.md", "games.md"]
+PAGES = ["coming_from_svi.md", "semi_supervised.md", "collapse.md", "games.md", "sampling.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
