@@ -4,10 +4,13 @@ from pyro_symeq.batch import Batch
 from pyro_symeq.conditional_game import conditional_game
 from pyro_symeq.conditionals import Conditionals
 from pyro_symeq.data_exchange import data_exchange_game
+from pyro_symeq.diagnostics import Diagnostics
 from pyro_symeq.distributions import Implicit
 from pyro_symeq.equilibrium import SymmetricEquilibrium
 from pyro_symeq.game import Game, Player
+from pyro_symeq.limiting import LimitingDistribution
 from pyro_symeq.loss import GameLoss, SymmetricLoss
+from pyro_symeq.marginals import Completion, Marginal
 from pyro_symeq.play import Play
 from pyro_symeq.utility import SymmetricUtility
 
@@ -15,10 +18,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "Completion",
     "Conditionals",
+    "Diagnostics",
     "Game",
     "GameLoss",
     "Implicit",
+    "LimitingDistribution",
+    "Marginal",
     "Play",
     "Player",
     "SymmetricEquilibrium",

@@ -21,10 +21,10 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from pyro_symeq.checks import check_count
 from pyro_symeq.conditionals import Conditionals
 from pyro_symeq.game import Game, Player, Updates, optim_of
 from pyro_symeq.play import Play
-from pyro_symeq.utility import check_count
 from pyro_symeq.weights import Weights, full_weights
 
 __all__ = ["conditional_game"]

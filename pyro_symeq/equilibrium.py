@@ -20,10 +20,11 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 
 from pyro_symeq.binding import Program
+from pyro_symeq.checks import check_count
 from pyro_symeq.game import Game, Own, Player
 from pyro_symeq.loss import SymmetricLoss
 from pyro_symeq.rehearsal import Bind
-from pyro_symeq.utility import SymmetricUtility, check_count
+from pyro_symeq.utility import SymmetricUtility
 
 __all__ = ["SymmetricEquilibrium"]
 

@@ -397,7 +397,7 @@ class _Rehearsal:
             name: site
             for name, site in passes.sample_sites(trace)
             if name in self.sites
-            and not any(followed.origin(x).paths for x in _tensors(site["fn"]))
+            and not any(followed.origin(x).paths for x in tensors(site["fn"]))
             and _has_parameters(site)
         }
         if not free:
@@ -438,13 +438,13 @@ class _Rehearsal:
         )
 
 
-def _tensors(law: Any) -> Iterator[Tensor]:
+def tensors(law: Any) -> Iterator[Tensor]:
     """The tensors that a distribution, or a transform in it, is made of."""
     for _, part in leaves(vars(law)):
         if isinstance(part, Tensor):
             yield part
         elif isinstance(part, (Distribution, Transform)):
-            yield from _tensors(part)
+            yield from tensors(part)
 
 
 def _has_parameters(site: passes.Site) -> bool:

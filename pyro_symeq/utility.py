@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyro_symeq.binding import Call, Program
+from pyro_symeq.checks import check_count
 from pyro_symeq.draws import Draws
 from pyro_symeq.loss import SymmetricLoss
 from pyro_symeq.ownership import NOTHING_TO_LEARN
@@ -201,11 +202,3 @@ class SymmetricUtility(ELBO):
         pair, stage = self._on_stage(model, guide)
         guide_trace, model_trace = pair.wake(stage.play(), (args, kwargs))
         return model_trace, guide_trace
-
-
-def check_count(name: str, value: int, at_least: int) -> None:
-    """Checks an option that counts something."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(
-            f"Expected {name} to be an integer of at least {at_least}, got {value!r}."
-        )
