@@ -41,7 +41,7 @@ class ConditionalChain(Chain):
             state = self._start("dream", {n: torch.as_tensor(v) for n, v in given.items()})
             traces = {block: self._trace(block, state) for block in self.blocks}
             for block, trace in traces.items():
-                conditionals.values(block, trace)
+                conditionals.values(block, passes.drawn(trace))
         refuse_parts(*traces.values())
         self.rows = shared_rows(traces.values())
         self.variables = {
@@ -61,7 +61,7 @@ class ConditionalChain(Chain):
         return state
 
     def draw(self, block: str, state: State, around: Around = unhandled) -> State:  # noqa: D102
-        return self.conditionals.values(block, self._trace(block, state, around))
+        return self.conditionals.values(block, passes.drawn(self._trace(block, state, around)))
 
     def _trace(self, block: str, state: State, around: Around = unhandled) -> Trace:
         program, arguments = self.conditionals.programs[block], self.conditionals.arguments
@@ -88,7 +88,8 @@ class ConditionalChain(Chain):
             state |= data
         if (prior := self.conditionals.prior) is not None:
             arguments = self.conditionals.prior_arguments(batch | state)
-            state = self.conditionals.prior_values(self._run(prior, arguments)) | state
+            drawn = passes.drawn(self._run(prior, arguments))
+            state = self.conditionals.prior_values(drawn) | state
         usable = {n: v for n, v in batch.items() if v.isfinite().all()}
         for others in ({}, usable, last_resort):
             state = self._filled(others | state)

@@ -22,9 +22,9 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_symeq.checks import check_count
-from pyro_symeq.conditionals import Conditionals
-from pyro_symeq.game import Game, Player, Updates, optim_of
-from pyro_symeq.play import Play
+from pyro_symeq.conditionals import Conditionals, block_name
+from pyro_symeq.game import Game, Player, Updates, by_player
+from pyro_symeq.play import Play, refuse_reserved
 from pyro_symeq.weights import Weights, full_weights
 
 __all__ = ["conditional_game"]
@@ -37,7 +37,7 @@ def conditional_game(
     conditionals: Conditionals,
     optim: PyroOptim | Mapping[str, PyroOptim],
     *,
-    encoder: str | None = None,
+    encoder: str | tuple[str, ...] | None = None,
     num_rounds: int = 5,
     weights: Weights | None = None,
     updates: Updates = "alternating",
@@ -82,14 +82,13 @@ def conditional_game(
         dict_keys(['s', 'x'])
     """
     check_count("num_rounds", num_rounds, at_least=1)
+    encoder = None if encoder is None else block_name(encoder)
     formulas = _Formulas(conditionals, encoder, num_rounds, weights)
+    if isinstance(optim, Mapping):
+        optim = {block_name(key): one for key, one in optim.items()}
+    optims = by_player(optim, conditionals.programs)
     players = [
-        Player(
-            name,
-            program,
-            optim_of(optim, name),
-            partial(formulas.utility, name),
-        )
+        Player(name, program, optims[name], partial(formulas.utility, name))
         for name, program in conditionals.programs.items()
     ]
     if conditionals.prior is not None:
@@ -108,6 +107,7 @@ class _Formulas:
         weights: Weights | None,
     ) -> None:
         blocks = conditionals.blocks
+        refuse_reserved(conditionals.variables)
         if encoder is not None and encoder not in blocks:
             raise ValueError(f"encoder= names the block '{encoder}'; there are {list(blocks)}.")
         if encoder is not None and conditionals.prior is None:
@@ -121,7 +121,7 @@ class _Formulas:
         self.data_blocks = [name for name in blocks if name != encoder]
         self.weights = full_weights(weights, self.data_blocks, default=1.0)
 
-    def utility(self, name: str, play: Play, *args: Any, **data: Tensor) -> Tensor:
+    def utility(self, name: str, play: Play, /, *args: Any, **data: Tensor) -> Tensor:
         """The utility of a player for a batch."""
         given = self._given(args, data)
         if name == self.encoder:
@@ -131,12 +131,13 @@ class _Formulas:
         return self._of_block(play, name, data, given)
 
     def _of_block(self, play: Play, b: str, data: State, given: list[str]) -> Tensor:
-        state, w = self._completed(play, data, given), self.weights[b]
-        u = w[b] * self._log_prob(play, b, state)
+        state = self._completed(play, data, given)
+        terms = [torch.zeros(())]
         for c in given:
-            if c not in (b, self.encoder) and w[c] > 0:
-                u = u + w[c] * self._log_prob(play, b, state | self._draw(play, c, state))
-        return u
+            if c != self.encoder and (weight := self.weights[b][c]) > 0:
+                seen = state if c == b else state | self._draw(play, c, state)
+                terms.append(weight * self._log_prob(play, b, seen))
+        return sum(terms[1:], terms[0])
 
     def _of_encoder(self, play: Play, data: State, is_given: bool) -> Tensor:
         assert self.encoder is not None
@@ -162,9 +163,7 @@ class _Formulas:
         """The data, then what the prior draws, then what follows from these."""
         state = dict(data)
         if self.conditionals.prior is not None:
-            state = (
-                play.sample(PRIOR, given=None, **self.conditionals.prior_arguments(data)) | state
-            )
+            state = self._prior(play, data) | state
         for name, sites in self.conditionals.blocks.items():
             if not state.keys() >= {*sites} and state.keys() >= {*self.conditionals.parents[name]}:
                 state = self._draw(play, name, state) | state
@@ -175,6 +174,16 @@ class _Formulas:
             )
         return state
 
+    def _prior(self, play: Play, data: State) -> State:
+        drawn = play.sample(PRIOR, given=None, **self.conditionals.prior_arguments(data))
+        latents = self.conditionals.blocks[self.encoder] if self.encoder else ()
+        if missing := [name for name in latents if name not in drawn | data]:
+            raise ValueError(
+                f"The prior never samples {missing}, the latents whose encoder learns from them. "
+                "Sample them in the prior, under these names."
+            )
+        return self.conditionals.prior_values(drawn)
+
     def _rounds(self, play: Play, blocks: list[str], state: State) -> State:
         """Redraws blocks in turn, beginning with any of them."""
         first = int(torch.randint(len(blocks), ()))
@@ -184,7 +193,7 @@ class _Formulas:
 
     def _draw(self, play: Play, name: str, state: State) -> State:
         drawn = play.sample(name, given=None, **self.conditionals.arguments(name, state))
-        return {site: drawn[site] for site in self.conditionals.blocks[name]}
+        return self.conditionals.values(name, drawn)
 
     def _log_prob(self, play: Play, name: str, state: State) -> Tensor:
         given = {site: state[site] for site in self.conditionals.blocks[name]}
@@ -201,6 +210,11 @@ class _Formulas:
             raise TypeError(
                 "Expected the data by the names of the variables, got positional arguments. Call "
                 f"game.step({', '.join(f'{n}={n}' for n in self.conditionals.variables)})."
+            )
+        if not data:
+            raise ValueError(
+                "The batch is empty. Give data by the names of the variables: "
+                f"{list(self.conditionals.variables)}."
             )
         if unknown := [name for name in data if name not in self.conditionals.variables]:
             raise ValueError(

@@ -16,10 +16,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_symeq import passes
 from pyro_symeq.binding import Program
 
 __all__ = ["Conditionals"]
@@ -77,8 +75,7 @@ class Conditionals:
         self.blocks: dict[str, tuple[str, ...]] = {}
         self.programs: dict[str, Program] = {}
         for key, program in programs.items():
-            sites = _sites(key)
-            block = ", ".join(sites)
+            sites, block = _sites(key), block_name(key)
             self.blocks[block], self.programs[block] = sites, program
         self.prior = prior
         for name, count in Counter(self.variables).items():
@@ -136,43 +133,42 @@ class Conditionals:
             raise ValueError(f"The prior takes {missing}. Give them in the batch: Batch(...).")
         return {name: state[name] for name in takes if name in state}
 
-    def values(self, block: str, trace: Trace) -> State:
-        """Reads the values of a block off a run of its program.
+    def values(self, block: str, drawn: State) -> State:
+        """Checks what the program of a block has drawn.
 
         Args:
             block: The name of the block.
-            trace: The trace of the run.
+            drawn: The values of the program's random variables, by name.
 
         Returns:
-            The values of its sites, by name.
+            The values of the block's sites.
 
         Raises:
-            ValueError: The program doesn't sample its sites, or samples others.
+            ValueError: The program didn't sample its sites, or sampled others.
         """
-        sites, sampled = self.blocks[block], _sampled(trace)
-        if missing := [name for name in sites if name not in sampled]:
+        sites = self.blocks[block]
+        if missing := [name for name in sites if name not in drawn]:
             raise ValueError(
                 f"The program of block '{block}' never samples {missing}. Let it sample its sites "
                 "in each run, under these names."
             )
-        _refuse_further(f"program of block '{block}'", sampled, sites)
-        return {name: passes.value(trace, name) for name in sites}
+        _refuse_further(f"program of block '{block}'", drawn, sites)
+        return drawn
 
-    def prior_values(self, trace: Trace) -> State:
-        """Reads starting values off a run of the prior.
+    def prior_values(self, drawn: State) -> State:
+        """Checks what the prior has drawn.
 
         Args:
-            trace: The trace of the run.
+            drawn: The values of its random variables, by name.
 
         Returns:
-            The values of variables, by name.
+            The same values.
 
         Raises:
             ValueError: The prior samples what is no variable.
         """
-        sampled = _sampled(trace)
-        _refuse_further("prior", sampled, self.variables)
-        return {name: passes.value(trace, name) for name in sampled}
+        _refuse_further("prior", drawn, self.variables)
+        return drawn
 
 
 class _Signature:
@@ -216,20 +212,16 @@ def _parameters(what: str, program: Any) -> list[inspect.Parameter]:
     return [p for p in parameters if p.name not in fixed]
 
 
+def block_name(key: str | tuple[str, ...]) -> str:
+    """The name of a block: its site, or its sites joined by commas."""
+    return ", ".join(_sites(key))
+
+
 def _sites(key: Any) -> tuple[str, ...]:
     sites = key if isinstance(key, tuple) else (key,)
     if not sites or not all(isinstance(name, str) for name in sites):
         raise TypeError(f"Expected a block to be a site or a tuple of sites, got {key!r}.")
     return sites
-
-
-def _sampled(trace: Trace) -> list[str]:
-    """The random variables of a trace that are not auxiliary."""
-    return [
-        name
-        for name, site in passes.sample_sites(trace)
-        if not (site["infer"] or {}).get("is_auxiliary")
-    ]
 
 
 def _refuse_further(what: str, sampled: Iterable[str], expected: Iterable[str]) -> None:

@@ -21,11 +21,13 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
-from pyro_symeq.binding import Program
+from pyro_symeq import passes
+from pyro_symeq.binding import Program, equal
 from pyro_symeq.draws import Draws
-from pyro_symeq.game import Game, Player, Updates, optim_of
+from pyro_symeq.game import Game, Player, Updates, by_player
 from pyro_symeq.pair import Pair
-from pyro_symeq.play import Play, Utility
+from pyro_symeq.play import Play, Utility, refuse_reserved
+from pyro_symeq.rehearsal import aside
 from pyro_symeq.weights import Weights, full_weights
 
 __all__ = ["data_exchange_game"]
@@ -83,9 +85,10 @@ def data_exchange_game(
         >>> loss.utilities.keys()
         dict_keys(['a', 'b'])
     """
-    exchange = _Exchange([_Member(name, programs) for name, programs in models.items()], weights)
+    exchange = _Exchange(_members(models), weights)
+    optims = by_player(optim, exchange.members)
     players = [
-        Player(player, program, optim_of(optim, name), partial(exchange.utility, name, score))
+        Player(player, program, optims[name], partial(exchange.utility, name, score))
         for name, member in exchange.members.items()
         for player, program, score in member.players()
     ]
@@ -95,13 +98,13 @@ def data_exchange_game(
 class _Member:
     """A model, with a guide or without, and its players."""
 
-    def __init__(self, name: str, programs: Program | tuple[Program, Program]) -> None:
+    def __init__(self, name: str, model: Program, guide: Program | None) -> None:
         self.name = name
-        self.model: Program
-        self.guide: Program | None
-        self.model, self.guide = programs if isinstance(programs, tuple) else (programs, None)
-        self.dreamer = name if self.guide is None else f"{name}.decoder"
-        self._takes = _keywords(self.model)
+        self.model = model
+        self.guide = guide
+        self.dreamer = name if guide is None else f"{name}.decoder"
+        self.arguments = _keywords(model)
+        self._is_checked = False
 
     def players(self) -> Iterator[tuple[str, Program, Utility]]:
         """The name, the program and the utility at given data of each player."""
@@ -113,28 +116,55 @@ class _Member:
             yield names[0], self.model, pair.decoder
             yield names[1], self.guide, pair.encoder
 
-    def _log_prob(self, play: Play, **data: Any) -> Tensor:
+    def _log_prob(self, play: Play, /, **data: Any) -> Tensor:
         return play.log_prob(self.name, **data)
 
     def dream(self, play: Play, data: Data, num_rows: int) -> Data:
-        """Dreams of this model, with so many rows: what it takes, as far as it draws it."""
+        """Dreams so many rows of the variables that the model takes."""
         like = {name: _with_rows(value, num_rows) for name, value in data.items()}
-        drawn = play.sample(self.dreamer, **like)
-        return {name: _shaped(x, like.get(name)) for name, x in drawn.items() if self.takes(name)}
+        drawn = play.sample(self.dreamer, given=None, **like)
+        variables = data.keys() | (self.arguments or {}).keys()
+        dream = {name: x for name, x in drawn.items() if name in variables}
+        if not self._is_checked:
+            self._check(data, like, dream)
+            self._is_checked = True
+        return dream
 
     def takes(self, name: str) -> bool:
         """Whether the model takes an argument of that name."""
-        return self._takes is None or name in self._takes
+        return self.arguments is None or name in self.arguments
+
+    def _check(self, data: Data, like: Data, dream: Data) -> None:
+        """Checks that dreams may stand for data: for all of them, and as they are.
+
+        Raises:
+            ValueError: They may not.
+        """
+        if others := [n for n, x in data.items() if x is not None and n not in dream]:
+            raise ValueError(
+                f"The model '{self.name}' is given {others}, and draws no sites of these names, so "
+                "its dreams don't tell them to others. Name arguments and sites alike; fix with "
+                "functools.partial what is no variable."
+            )
+        with aside():
+            call = (), {name: _shaped(x, like.get(name)) for name, x in dream.items()}
+            observed = passes.dream(self.model, call).observed
+        for name, x in dream.items():
+            if not (name in observed and equal(observed[name].value, x)):
+                raise ValueError(
+                    f"When the model '{self.name}' is called with its dream of site '{name}' as "
+                    f"the argument '{name}', it doesn't observe that dream. Let it observe the "
+                    "argument itself (obs=)."
+                )
 
 
 class _Exchange:
     """The utilities of models that exchange dreams."""
 
-    def __init__(self, members: list[_Member], weights: Weights | None) -> None:
-        self.members = {member.name: member for member in members}
-        names = list(self.members)
-        default = 0.0 if weights else 1 / len(names)
-        self.weights = full_weights(weights, names, default)
+    def __init__(self, members: dict[str, _Member], weights: Weights | None) -> None:
+        self.members = members
+        default = 0.0 if weights else 1 / len(members)
+        self.weights = full_weights(weights, list(members), default)
         for name, row in self.weights.items():
             if not math.isclose(sum(row.values()), 1.0, abs_tol=1e-6):
                 raise ValueError(
@@ -142,7 +172,9 @@ class _Exchange:
                     "shares of its own data and of the dreams of others."
                 )
 
-    def utility(self, name: str, score: Utility, play: Play, *args: Any, **data: Data) -> Tensor:
+    def utility(
+        self, name: str, score: Utility, play: Play, /, *args: Any, **data: Data
+    ) -> Tensor:
         """The weighted sum of a player's utilities on its own data and on others' dreams."""
         self._check(args, data)
         terms = []
@@ -156,12 +188,15 @@ class _Exchange:
         """What a model is given of a source: its own data, or a dream."""
         if other == name:
             return data[name]
-        dream = self.members[other].dream(play, data[other], _num_rows(data[name], name))
-        seen = {key: value for key, value in dream.items() if self.members[name].takes(key)}
-        if not seen:
+        learner, own = self.members[name], data[name]
+        dream = self.members[other].dream(play, data[other], _num_rows(own, name))
+        seen = {key: _shaped(x, own.get(key)) for key, x in dream.items() if learner.takes(key)}
+        needs = _needed(learner.arguments or {})
+        if not seen or not seen.keys() >= needs:
             raise ValueError(
                 f"The model '{name}' takes none of the variables {sorted(dream)} that '{other}' "
-                "dreams. Name arguments and sites alike in both models, or set its weight to 0."
+                f"dreams, or needs others: {sorted(needs)}. Name arguments and sites alike in "
+                "both models, give optional ones the default None, or set the weight to 0."
             )
         return seen
 
@@ -178,31 +213,62 @@ class _Exchange:
                     f"Expected the batch of model '{name}' to be a dict {{argument: value}}, got "
                     f"{type(batch).__name__}. Call game.step({example})."
                 )
+            refuse_reserved(batch)
+            takes = self.members[name].arguments
+            if takes is not None and not takes.keys() >= batch.keys() >= _needed(takes):
+                raise ValueError(
+                    f"Expected the batch of model '{name}' to hold {sorted(_needed(takes))} of "
+                    f"{sorted(takes)}, which it takes, got {sorted(batch)}."
+                )
 
 
-def _keywords(program: Program) -> frozenset[str] | None:
-    """The names of the arguments that a program takes by keyword; ``None`` if it takes all."""
+def _members(models: Any) -> dict[str, _Member]:
+    if not isinstance(models, Mapping) or not models:
+        raise TypeError(
+            "Expected models to be a dict {name: model} or {name: (model, guide)}, got "
+            f"{models!r}."
+        )
+    members = {}
+    for name, programs in models.items():
+        pair = programs if isinstance(programs, tuple) else (programs, None)
+        if len(pair) != 2 or not callable(pair[0]) or not (pair[1] is None or callable(pair[1])):
+            raise TypeError(
+                f"Expected '{name}' to be a model or a pair (model, guide), got {programs!r}."
+            )
+        members[name] = _Member(name, *pair)
+    return members
+
+
+def _keywords(program: Program) -> dict[str, bool] | None:
+    """What a program takes by keyword, and whether it needs it; ``None`` if it takes all."""
     function = program.forward if isinstance(program, nn.Module) else program
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return frozenset(p.name for p in parameters if p.kind in named)
+    fixed = program.keywords if isinstance(program, partial) else {}
+    return {
+        p.name: p.default is p.empty for p in parameters if p.kind in named and p.name not in fixed
+    }
+
+
+def _needed(arguments: Mapping[str, bool]) -> set[str]:
+    return {name for name, is_needed in arguments.items() if is_needed}
 
 
 def _num_rows(data: Data, name: str) -> int:
-    for value in data.values():
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return len(value)
-    raise ValueError(
-        f"The batch of model '{name}' holds no tensor whose length tells how many rows others are "
-        "to dream for it."
-    )
+    rows = {len(x) for x in data.values() if isinstance(x, Tensor) and x.dim() > 0}
+    if len(rows) != 1 or 0 in rows:
+        raise ValueError(
+            f"Expected all tensors of the batch of model '{name}' to have as many rows, at least "
+            f"one, got {sorted(rows)}. Others dream as many for it."
+        )
+    return rows.pop()
 
 
 def _with_rows(value: Any, num_rows: int) -> Any:
     """Repeats or leaves out rows of a tensor, in whose place dreams will be."""
-    if not isinstance(value, Tensor) or value.dim() == 0 or len(value) == num_rows:
+    if not isinstance(value, Tensor) or value.dim() == 0:
         return value
     return value[torch.arange(num_rows, device=value.device) % len(value)]
 

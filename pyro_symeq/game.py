@@ -10,8 +10,8 @@ equilibrium is a point from which nobody gains by moving alone,
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,8 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from pyro_symeq import randomness
-from pyro_symeq.binding import Call, Program
+from pyro_symeq.batch import batches
+from pyro_symeq.binding import Call, Program, layout
 from pyro_symeq.loss import GameLoss
 from pyro_symeq.ownership import NOTHING_TO_LEARN, Parameters
 from pyro_symeq.play import Score, Stage, Utility
@@ -85,6 +86,11 @@ class Player:
             )
         if not isinstance(self.parameters, (nn.Module, type(None))):
             object.__setattr__(self, "parameters", list(self.parameters))
+        if not (self.utility is None or callable(self.utility)):
+            raise TypeError(
+                f"Expected the utility of player '{self.name}' to be a function of play and the "
+                f"batch, got {type(self.utility).__name__}."
+            )
         if (self.optim is None) != (self.utility is None):
             lacking = "optimiser" if self.optim is None else "utility"
             raise ValueError(
@@ -111,7 +117,13 @@ class Player:
                 f"parameters, got {type(pairs[0]).__name__} among them. Pass the network, or "
                 "network.named_parameters()."
             )
-        return dict(pairs)
+        own = {name: leaf for name, leaf in pairs if leaf.requires_grad}
+        if not own or len(own) < sum(leaf.requires_grad for _, leaf in pairs):
+            raise ValueError(
+                f"Expected the parameters of player '{self.name}' to be some that can be trained, "
+                f"each with its own name, got {[name for name, _ in pairs]}."
+            )
+        return own
 
 
 class Game:
@@ -157,10 +169,10 @@ class Game:
     """
 
     def __init__(self, players: Iterable[Player], *, updates: Updates = "alternating") -> None:
-        self.players = tuple(players)
+        self._by_name = _by_name(players)
+        self.players = tuple(self._by_name.values())
         self.updates = updates
         self.num_steps = 0
-        self._by_name = _by_name(self.players)
         self._learners = tuple(player.name for player in self.players if player.utility)
         if not self._learners:
             raise ValueError("No player has a utility, so nobody learns. Give one to some player.")
@@ -172,6 +184,7 @@ class Game:
         }
         self._frozen: set[str] = set()
         self._learnable: set[str] = set()
+        self._looked: set[Any] = set()
         self._stage = Stage(
             {player.name: player.program for player in self.players},
             {player.name: player.utility for player in self.players if player.utility},
@@ -236,9 +249,12 @@ class Game:
         self._set_loaded(call)
         self._check_learnable(call, rounds)
         utilities = {}
+        watched = self._watched() - {name for names in rounds for name in names}
         with ExitStack() as stack:
             if is_validation_enabled():
-                for name in {name for names in rounds[:-1] for name in names}:
+                for name in {
+                    name for names in rounds[: None if watched else -1] for name in names
+                }:
                     stack.enter_context(self._strategies[name].undone_on_error())
             for names in rounds:
                 scores = [self._score(name, call) for name in names]
@@ -246,7 +262,7 @@ class Game:
                 for name, score, gradient in zip(names, scores, gradients, strict=True):
                     self._strategies[name].move(score.parameters, gradient)
                     utilities[name] = score.utility.item()
-            utilities |= self._utilities(call, self._watched() - utilities.keys())
+            utilities |= self._utilities(call, watched)
         self.num_steps += 1
         return GameLoss({name: utilities[name] for name in self._learners if name in utilities})
 
@@ -258,12 +274,12 @@ class Game:
             kwargs: Likewise.
 
         Returns:
-            A float with ``.utilities`` of the players that are not frozen.
+            A float with ``.utilities`` of all players that have one, frozen or not.
         """
         call = (args, kwargs)
         with torch.no_grad():
             self._set_loaded(call)
-        return GameLoss(self._utilities(call, self._watched() | self._awake()))
+        return GameLoss(self._utilities(call, self._learners))
 
     def state_dict(self) -> State:
         """Copies all that a training needs to go on as if it had never stopped.
@@ -296,11 +312,13 @@ class Game:
         """
         _check_keys(type(self).__name__, "keys", state, {*self.state_dict()})
         _check_keys(type(self).__name__, "players", state["players"], {*self._strategies})
+        self._check_names(state["frozen"])
         for name, strategy in self._strategies.items():
             strategy.check(state["players"][name])
         for name, strategy in self._strategies.items():
             strategy.load_state_dict(state["players"][name])
         self._frozen = set(state["frozen"])
+        self._looked.clear()
         self.num_steps = state["num_steps"]
         randomness.set_state(state["random"])
 
@@ -310,7 +328,9 @@ class Game:
             updates = self._learners
         elif updates == "simultaneous":
             updates = [self._learners]
-        if isinstance(updates, str):
+        if not (isinstance(updates, (tuple, list)) and updates) or not all(
+            isinstance(names, (str, tuple, list)) for names in updates
+        ):
             raise ValueError(
                 "Expected updates='alternating', 'simultaneous' or the names of players in "
                 f"order, got {updates!r}."
@@ -320,8 +340,11 @@ class Game:
             self._check_names(together)
             if idle := sorted(set(together) - set(self._learners)):
                 raise ValueError(f"updates= names {idle}, who have no utility and never move.")
-            if len(set(together)) < len(together):
-                raise ValueError(f"updates= lets a player move twice at once: {together}.")
+            if not 0 < len(set(together)) == len(together):
+                raise ValueError(
+                    "Expected updates= to let some players move at once, each of them once, got "
+                    f"{together}."
+                )
             yield together
 
     def _rounds(self) -> list[tuple[str, ...]]:
@@ -347,7 +370,7 @@ class Game:
             if name not in self._by_name:
                 raise ValueError(f"There is no player '{name}'; there are {list(self._by_name)}.")
 
-    def _utilities(self, call: Call, names: set[str]) -> dict[str, float]:
+    def _utilities(self, call: Call, names: Collection[str]) -> dict[str, float]:
         with torch.no_grad():
             return {
                 name: self._score(name, call).utility.item()
@@ -363,30 +386,44 @@ class Game:
         return score
 
     def _set_loaded(self, call: Call) -> None:
-        """Sets the loaded parameters that the programs touch in this call, before it is played."""
-        names = self._watched() | self._awake()
-        waiting = {name: self._strategies[name] for name in self._learners if name in names}
-        found = True
-        while found and any(strategy.pending["parameters"] for strategy in waiting.values()):
+        """Sets the loaded parameters that the programs touch in such a call, before it is played."""
+        strategies = self._strategies.values()
+        if not any(strategy.pending["parameters"] for strategy in strategies):
+            return
+        kind = tuple(layout(batch.call) for batch in batches(call))
+        found = kind not in self._looked
+        while found and any(strategy.pending["parameters"] for strategy in strategies):
             with aside():
-                found = any(
-                    [
-                        strategy.adopt(self._stage.score(name, call).parameters)
-                        for name, strategy in waiting.items()
-                    ]
-                )
+                found = any([self._adopts_loaded(name, call) for name in self._learners])
+        self._looked.add(kind)
+
+    def _adopts_loaded(self, name: str, call: Call) -> bool:
+        with self._resting_may_fail(name):
+            return self._strategies[name].adopt(self._stage.score(name, call).parameters)
+        return False
+
+    def _resting_may_fail(self, name: str) -> AbstractContextManager[None]:
+        """A player that rests need not be scored by batches that are not for it."""
+        is_needed = name in self._awake() | self._watched()
+        return nullcontext() if is_needed else suppress(Exception)
 
     def _check_learnable(self, call: Call, rounds: Iterable[tuple[str, ...]]) -> None:
-        """Checks once, on the side, that those who move can: all that move are tried before any."""
-        moving = {name for names in rounds for name in names}
+        """Checks once, on the side, that those who move can: all that move are tried before any.
+
+        Those who rest are scored too, so that what belongs to them is known.
+        """
+        moving = _names(rounds)
         if moving <= self._learnable:
             return
+        scores = {}
         with aside():
-            trying = [name for name in self._learners if name in moving | self._watched()]
-            scores = {name: self._try(name, call) for name in trying}
-        for name, score in scores.items():
+            for name in self._learners:
+                with self._resting_may_fail(name):
+                    scores[name] = self._try(name, call)
+        tried = {name: scores[name] for name in scores if name in moving | self._watched()}
+        for name, score in tried.items():
             _check_learnable(name, score)
-        if not any(score.parameters for score in scores.values()):
+        if not any(score.parameters for score in tried.values()):
             raise ValueError(NOTHING_TO_LEARN)
         self._learnable |= moving
 
@@ -397,6 +434,10 @@ class Game:
             if score.utility.requires_grad or not score.parameters:
                 break
         return score
+
+
+def _names(rounds: Iterable[tuple[str, ...]]) -> set[str]:
+    return {name for names in rounds for name in names}
 
 
 def _check_learnable(name: str, score: Score) -> None:
@@ -411,38 +452,45 @@ def _check_learnable(name: str, score: Score) -> None:
     problem = (
         f"The {name}'s program uses parameters that no statement names, with shapes "
         f"{shapes}. Register their networks with pyro.module or as attributes of a "
-        "PyroModule; if they are, other parameters of that name are in the way: "
-        "pyro.clear_param_store()."
+        "PyroModule; if they are, other parameters of that name are in the way: call "
+        "pyro.clear_param_store() before a new training, or, for two PyroModules of one class, "
+        "pyro.settings.set(module_local_params=True) before they are made."
     )
     if not score.parameters:
         raise ValueError(f"There is nothing to learn for the {name}. {problem}")
     warnings.warn(f"{problem} They are not trained.", stacklevel=4)
 
 
-def optim_of(optim: PyroOptim | Mapping[str, PyroOptim], name: str) -> PyroOptim:
-    """The optimiser of a player, where there is one for all or one for each.
+def by_player(
+    optim: PyroOptim | Mapping[Any, PyroOptim], names: Iterable[str]
+) -> dict[str, PyroOptim]:
+    """The optimiser of each player, where there is one for all or one for each.
 
     Raises:
         TypeError: It is neither.
-        ValueError: There is none of that name.
+        ValueError: The names are not those of the players.
     """
+    names = list(names)
     if isinstance(optim, PyroOptim):
-        return optim
+        return dict.fromkeys(names, optim)
     if not isinstance(optim, Mapping):
         raise TypeError(
             "Expected optim to be a pyro.optim.PyroOptim or a dict of them by name, got "
             f"{type(optim).__name__}."
         )
-    if name not in optim:
-        raise ValueError(f"optim= has no optimiser for '{name}'; it has some for {list(optim)}.")
-    return optim[name]
+    if optim.keys() != set(names):
+        raise ValueError(
+            f"Expected optim= to have an optimiser for each of {names}, got some for "
+            f"{list(optim)}."
+        )
+    return dict(optim)
 
 
-def _by_name(players: Sequence[Player]) -> dict[str, Player]:
-    by_name = {}
-    for player in players:
+def _by_name(players: Iterable[Player]) -> dict[str, Player]:
+    by_name: dict[str, Player] = {}
+    for player in players if isinstance(players, Iterable) else [None]:
         if not isinstance(player, Player):
-            raise TypeError(f"Expected players to be of class Player, got {player!r}.")
+            raise TypeError(f"Expected players to be of class Player, in a list, got {players!r}.")
         if player.name in by_name:
             raise ValueError(f"Two players have the name '{player.name}'. Give each its own.")
         by_name[player.name] = player

@@ -7,9 +7,8 @@ from torch import Tensor
 Parameters = dict[str, Tensor]
 
 NOTHING_TO_LEARN = (
-    "There is nothing to learn: neither the model nor the guide touches a parameter. Declare "
-    "parameters with pyro.param, or register networks with pyro.module or as attributes of a "
-    "PyroModule."
+    "There is nothing to learn: no program touches a parameter. Declare parameters with "
+    "pyro.param, or register networks with pyro.module or as attributes of a PyroModule."
 )
 
 

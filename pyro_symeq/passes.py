@@ -15,7 +15,7 @@ Pyro splits a statement ``pyro.sample("y", ..., obs_mask=mask)`` into the sites 
 ``y``, which is observed where the mask says so.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -37,6 +37,7 @@ from pyro_symeq.distributions import Implicit
 from pyro_symeq.provenance import UNKNOWN, Origin, follow
 
 Site = Any  # pyro.poutine.runtime.Message, whose keys depend on its type
+Accept = Callable[[str, Any, Tensor], Tensor]  # of a name, a distribution and a value
 
 OBSERVED, UNOBSERVED, OBS_MASK = "_observed", "_unobserved", "_obs_mask"
 
@@ -146,18 +147,34 @@ class imagine(Messenger):  # noqa: N801
 
 
 class fix(Messenger):  # noqa: N801
-    """Gives sites their values, also where the program observes others; no graph passes."""
+    """Gives sites their values, also where the program observes others.
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    A split site is given both of its parts, and a plate the rows that it is to choose.
+
+    Args:
+        values: The values by name.
+        accept: Makes the value of a site of what was given for it, or refuses that.
+
+    Attributes:
+        choosing: The plates that are left to choose their rows.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], accept: Accept) -> None:
         super().__init__()
         self.values = values
+        self.accept = accept
+        self.choosing: set[str] = set()
 
     def _pyro_sample(self, msg: Site) -> None:
         name = msg["name"]
-        if name not in self.values:
+        if site_is_subsample(msg) and msg["value"] is None and name not in self.values:
+            self.choosing.add(name)
+        if name not in self.values and isinstance(_PYRO_STACK[-1], MaskMessenger):
             name = name.removesuffix(OBSERVED).removesuffix(UNOBSERVED)
         if name in self.values:
-            value = _expanded(self.values[name].detach(), msg["fn"].shape())
+            value = self.values[name].detach()
+            if not site_is_subsample(msg):
+                value = self.accept(name, msg["fn"], value)
             msg.update(value=value, is_observed=False, done=True)
 
 
@@ -219,14 +236,14 @@ def fill_in(
     return run(program, call, complete(rows or {}), clamp(given))
 
 
-def sample(program: Program, call: Call, given: Mapping[str, Tensor]) -> Trace:
+def sample(program: Program, call: Call, given: fix) -> Trace:
     """Runs a program and draws all its random variables, observed ones too, but those given."""
-    return run(program, call, imagine(), fix(given))
+    return run(program, call, imagine(), given)
 
 
-def fix_all(program: Program, call: Call, given: Mapping[str, Tensor]) -> Trace:
+def observe(program: Program, call: Call, given: fix) -> Trace:
     """Runs a program on what it observes and what is given; what else it samples is drawn."""
-    return run(program, call, complete({}), fix(given))
+    return run(program, call, complete({}), given)
 
 
 def replay(program: Program, call: Call, values: Mapping[str, Tensor]) -> Trace:
@@ -257,12 +274,19 @@ def subsamples(trace: Trace) -> dict[str, Tensor]:
     }
 
 
+def chosen_rows(trace: Trace) -> dict[str, Tensor]:
+    """The rows that plates have chosen out of more, by the name of the plate."""
+    return {
+        name: index
+        for name, index in subsamples(trace).items()
+        if len(index) < _site(trace, name)["fn"].size
+    }
+
+
 def left_out(trace: Trace) -> Iterator[tuple[Tensor, int]]:
     """The rows that subsampled plates have chosen, and out of how many."""
-    for name, index in subsamples(trace).items():
-        plate: Site = trace.nodes[name]
-        if len(index) < plate["fn"].size:
-            yield index, plate["fn"].size
+    for name, index in chosen_rows(trace).items():
+        yield index, _site(trace, name)["fn"].size
 
 
 def subsampled_plates(site: Site) -> set[str]:
@@ -297,6 +321,18 @@ def sample_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
                 yield name, site
 
 
+def counted_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
+    """The random variables of a trace, without those that are only a means to draw others."""
+    for name, site in sample_sites(trace):
+        if not (site["infer"] or {}).get("is_auxiliary"):
+            yield name, site
+
+
+def drawn(trace: Trace) -> dict[str, Tensor]:
+    """The values of the random variables that count, by name."""
+    return {name: value(trace, name) for name, _ in counted_sites(trace)}
+
+
 def factors(trace: Trace) -> list[str]:
     """The names of the ``pyro.factor`` statements of a trace."""
     return [
@@ -328,14 +364,9 @@ def unobserved(trace: Trace, given: Iterable[str]) -> list[str]:
     split, known = split_sites(trace), set(given)
     return [
         name
-        for name, site in sample_sites(trace)
+        for name, site in counted_sites(trace)
         if name not in known and (name in split or not site["is_observed"])
     ]
-
-
-def is_auxiliary(site: Site) -> bool:
-    """Whether a site is a means to draw others and doesn't count itself."""
-    return bool((site["infer"] or {}).get("is_auxiliary"))
 
 
 def plate_nesting(trace: Trace) -> int:
@@ -441,10 +472,6 @@ def _base(fn: Any) -> Any:
 def _shaped(value: Tensor, shape: torch.Size) -> Tensor:
     if value.numel() == shape.numel():
         return value.reshape(shape)
-    return _expanded(value, shape)
-
-
-def _expanded(value: Tensor, shape: torch.Size) -> Tensor:
     try:
         return value.expand(shape)
     except RuntimeError:

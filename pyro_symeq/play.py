@@ -12,6 +12,7 @@ which is ``play.log_prob("decoder", x, given=play.sample("encoder", x))``.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,36 +71,39 @@ class Play:
         Args:
             player: The name of the player.
             args: The arguments of its program.
-            given: Values for some of its sites, which broadcast to the shapes of the sites.
+            given: Values for some of its sites, which broadcast to the shapes of the sites; and
+                the rows of plates.
             kwargs: The keyword arguments of the program.
 
         Returns:
-            The values of all random variables of the program, by site name.
+            The values of the random variables of the program by site name, but of auxiliary ones
+            (``infer={"is_auxiliary": True}``); and the rows of subsampled plates by plate name.
 
         Raises:
             ValueError: There is no such player or site, or a value does not fit its site.
         """
-        given = given or {}
+        values = _tensors(given)
         with torch.no_grad():
-            trace = passes.sample(self._program(player), (args, kwargs), given)
-        self._check_given(player, trace, given)
+            fix = passes.fix(values, partial(_broadcast, player))
+            trace = passes.sample(self._program(player), (args, kwargs), fix)
+        rows = _check_names(player, trace, fix)
         self.owners.touch(player, passes.parameters(trace).values())
-        return {name: passes.value(trace, name) for name, _ in passes.sample_sites(trace)}
+        return passes.drawn(trace) | rows
 
     def log_prob(
         self, player: str, /, *args: Any, given: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Tensor:
         r"""Scores a player's program at values of its random variables.
 
-        The gradient of a utility is taken in its player's own parameters only. The values are
-        data: no gradient passes through them. Factors count; sites without a density
-        (:class:`Implicit`) and auxiliary ones (``infer={"is_auxiliary": True}``) don't.
+        The gradient of a utility is taken in its player's own parameters only. Arguments and values
+        are data: no gradient passes through them. Factors count; sites without a density
+        (:class:`Implicit`) and auxiliary ones don't.
 
         Args:
             player: The name of the player.
             args: The arguments of its program.
-            given: The values of its sites, except of those that it observes (``obs=``). They
-                broadcast to the shapes of the sites.
+            given: The values of its sites, in their shapes, except of those that it observes
+                (``obs=``); and the rows of subsampled plates, which :meth:`sample` tells.
             kwargs: The keyword arguments of the program.
 
         Returns:
@@ -109,16 +113,18 @@ class Play:
             ValueError: There is no such player or site, a site has no value, or a value does not
                 fit its site.
         """
-        given = given or {}
-        trace = passes.fix_all(self._program(player), (args, kwargs), given)
-        self._check_given(player, trace, given)
-        if unknown := passes.unobserved(trace, given):
+        values = _tensors(given)
+        call = tuple(map(_detached, args)), {name: _detached(x) for name, x in kwargs.items()}
+        fix = passes.fix(values, partial(_whole, player))
+        trace = passes.observe(self._program(player), call, fix)
+        _check_names(player, trace, fix)
+        if unknown := passes.unobserved(trace, values):
             raise ValueError(
                 f"The program of player '{player}' samples {unknown}, for which log_prob has no "
                 "value. Give one with given=, or observe these sites (obs=)."
             )
-        sites = [name for name, site in passes.sample_sites(trace) if not passes.is_implicit(site)]
-        if not (names := sites + passes.factors(trace)):
+        names = [n for n, site in passes.counted_sites(trace) if not passes.is_implicit(site)]
+        if not (names := names + passes.factors(trace)):
             raise ValueError(
                 f"The program of player '{player}' samples no site with a density, so it has no "
                 "log-probability."
@@ -170,25 +176,82 @@ class Play:
             raise ValueError(f"There is no player '{player}'; there are {list(self.programs)}.")
         return self.programs[player]
 
-    def _check_given(self, player: str, trace: Trace, given: Mapping[str, Tensor]) -> None:
-        sites = dict(passes.sample_sites(trace))
-        if unknown := given.keys() - sites.keys():
-            raise ValueError(
-                f"given= holds values for {sorted(unknown)}; the program of player '{player}' "
-                f"samples {sorted(sites)}."
-            )
-        for name in given:
-            value, fn = passes.value(trace, name), sites[name]["fn"]
-            if value.shape != fn.shape():
-                raise ValueError(
-                    f"Expected a value for site '{name}' of player '{player}' that broadcasts to "
-                    f"shape {tuple(fn.shape())}, got {tuple(value.shape)}."
-                )
-            if is_validation_enabled() and not fn.support.check(value).all():
-                raise ValueError(
-                    f"The value given for site '{name}' of player '{player}' lies outside its "
-                    f"support {fn.support}."
-                )
+
+def _check_names(player: str, trace: Trace, fix: passes.fix) -> dict[str, Tensor]:
+    """Checks what was given for a run, and returns the rows that its plates chose themselves."""
+    sites = [name for name, _ in passes.sample_sites(trace)]
+    if unknown := fix.values.keys() - {*sites} - passes.subsamples(trace).keys():
+        raise ValueError(
+            f"given= holds values for {sorted(unknown)}; the program of player '{player}' "
+            f"samples {sorted(sites)}."
+        )
+    rows = {n: chosen for n, chosen in passes.chosen_rows(trace).items() if n in fix.choosing}
+    if rows and fix.values:
+        raise ValueError(
+            f"The program of player '{player}' chooses rows in the plates {sorted(rows)}, and "
+            "the values that are given belong to other rows. Give the rows too, as play.sample "
+            "returned them: given={plate: rows}."
+        )
+    return rows
+
+
+def _broadcast(player: str, name: str, fn: Any, value: Tensor) -> Tensor:
+    """A value for draws, in the shape of its site.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    try:
+        value = value.expand(fn.shape())
+    except RuntimeError as error:
+        raise _misfit(player, name, "that broadcasts to", fn, value) from error
+    if is_validation_enabled() and not fn.support.check(value).all():
+        raise ValueError(
+            f"The value given for site '{name}' of player '{player}' lies outside its support "
+            f"{fn.support}."
+        )
+    return value
+
+
+def _whole(player: str, name: str, fn: Any, value: Tensor) -> Tensor:
+    """A value for a score: a number, or one in the shape of its site.
+
+    One row for all rows would be scored as if each row had drawn it.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    if value.dim() > 0 and value.shape != fn.shape():
+        raise _misfit(player, name, "of", fn, value)
+    return _broadcast(player, name, fn, value)
+
+
+def _misfit(player: str, name: str, how: str, fn: Any, value: Tensor) -> ValueError:
+    return ValueError(
+        f"Expected a value for site '{name}' of player '{player}' {how} shape "
+        f"{tuple(fn.shape())}, got {tuple(value.shape)}."
+    )
+
+
+def refuse_reserved(names: Iterable[str]) -> None:
+    """Checks names under which programs are to be given values.
+
+    Raises:
+        ValueError: One is an option of the verbs.
+    """
+    if "given" in names:
+        raise ValueError(
+            "The name 'given' is taken by play.sample and play.log_prob. Give the variable "
+            "another."
+        )
+
+
+def _detached(argument: Any) -> Any:
+    return argument.detach() if isinstance(argument, Tensor) else argument
+
+
+def _tensors(given: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(value) for name, value in (given or {}).items()}
 
 
 @dataclass(frozen=True)

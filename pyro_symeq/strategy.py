@@ -27,6 +27,7 @@ class Strategy:
         self.parameters: dict[str, Tensor] = {}
         self.pending: State = {"parameters": {}, "optim": {}}
         self.resumed = False
+        self._before: dict[Tensor, tuple[Tensor, State | None]] | None = None
 
     def adopt(self, parameters: Mapping[str, Tensor]) -> bool:
         """Takes note of parameters; new ones get the loaded values that wait for their names.
@@ -50,6 +51,10 @@ class Strategy:
     def move(self, parameters: Mapping[str, Tensor], gradients: list[Tensor | None]) -> None:
         """Lets the optimiser take a step along the gradients of the negative utility."""
         leaves = list(parameters.values())
+        if self._before is not None:
+            for leaf in leaves:
+                if leaf not in self._before:
+                    self._before[leaf] = leaf.detach().clone(), self._moments(leaf)
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient
         self.optim(leaves)
@@ -59,19 +64,19 @@ class Strategy:
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Takes moves back when an error follows."""
-        before = {
-            leaf: (leaf.detach().clone(), self._moments(leaf)) for leaf in self.parameters.values()
-        }
+        self._before = {}
         try:
             yield
         except Exception:
-            for leaf, (value, moments) in before.items():
+            for leaf, (value, moments) in self._before.items():
                 leaf.detach().copy_(value)
                 if moments is None:
                     self.optim.optim_objs.pop(leaf, None)
                 else:
                     _torch_optimizer(self.optim.optim_objs[leaf]).state[leaf] = moments
             raise
+        finally:
+            self._before = None
 
     def _moments(self, leaf: Tensor) -> State | None:
         if leaf not in self.optim.optim_objs:

@@ -26,7 +26,7 @@ def full_weights(
         if unknown := [name for name in (row, *terms) if name not in names]:
             raise ValueError(f"weights= names {unknown}; expected names among {list(names)}.")
         for name, weight in terms.items():
-            if not (math.isfinite(weight) and weight >= 0):
+            if not (isinstance(weight, (int, float)) and 0 <= weight < math.inf):
                 raise ValueError(
                     f"Expected weights['{row}']['{name}'] to be a finite number of at least 0, "
                     f"got {weight!r}."
