@@ -125,8 +125,14 @@ class _Member:
         drawn = play.sample(self.dreamer, given=None, **like)
         variables = data.keys() | (self.arguments or {}).keys()
         dream = {name: x for name, x in drawn.items() if name in variables}
+        if others := [n for n, x in data.items() if x is not None and n not in dream]:
+            raise ValueError(
+                f"The model '{self.name}' is given {others}, and draws no sites of these names, so "
+                "its dreams don't tell them to others. Name arguments and sites alike; fix with "
+                "functools.partial what is no variable."
+            )
         if not self._is_checked:
-            self._check(data, like, dream)
+            self._check_observed(like, dream)
             self._is_checked = True
         return dream
 
@@ -134,18 +140,12 @@ class _Member:
         """Whether the model takes an argument of that name."""
         return self.arguments is None or name in self.arguments
 
-    def _check(self, data: Data, like: Data, dream: Data) -> None:
-        """Checks that dreams may stand for data: for all of them, and as they are.
+    def _check_observed(self, like: Data, dream: Data) -> None:
+        """Checks on the side that a dream may stand for data.
 
         Raises:
-            ValueError: They may not.
+            ValueError: The model, given its dream, observes something else.
         """
-        if others := [n for n, x in data.items() if x is not None and n not in dream]:
-            raise ValueError(
-                f"The model '{self.name}' is given {others}, and draws no sites of these names, so "
-                "its dreams don't tell them to others. Name arguments and sites alike; fix with "
-                "functools.partial what is no variable."
-            )
         with aside():
             call = (), {name: _shaped(x, like.get(name)) for name, x in dream.items()}
             observed = passes.dream(self.model, call).observed
@@ -163,7 +163,7 @@ class _Exchange:
 
     def __init__(self, members: dict[str, _Member], weights: Weights | None) -> None:
         self.members = members
-        default = 0.0 if weights else 1 / len(members)
+        default = 1 / len(members) if weights is None else 0.0
         self.weights = full_weights(weights, list(members), default)
         for name, row in self.weights.items():
             if not math.isclose(sum(row.values()), 1.0, abs_tol=1e-6):

@@ -10,8 +10,8 @@ equilibrium is a point from which nobody gains by moving alone,
 """
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -246,15 +246,14 @@ class Game:
         """
         call = (args, kwargs)
         rounds = self._rounds()
-        self._set_loaded(call)
-        self._check_learnable(call, rounds)
+        moving = _names(rounds)
+        watched = self._watched() - moving
+        self._set_loaded(call, needed=moving | watched)
+        self._check_learnable(call, moving, watched)
         utilities = {}
-        watched = self._watched() - {name for names in rounds for name in names}
         with ExitStack() as stack:
             if is_validation_enabled():
-                for name in {
-                    name for names in rounds[: None if watched else -1] for name in names
-                }:
+                for name in _names(rounds if watched else rounds[:-1]):
                     stack.enter_context(self._strategies[name].undone_on_error())
             for names in rounds:
                 scores = [self._score(name, call) for name in names]
@@ -278,7 +277,7 @@ class Game:
         """
         call = (args, kwargs)
         with torch.no_grad():
-            self._set_loaded(call)
+            self._set_loaded(call, needed=self._learners)
         return GameLoss(self._utilities(call, self._learners))
 
     def state_dict(self) -> State:
@@ -385,7 +384,7 @@ class Game:
             return self._stage.score(name, call)
         return score
 
-    def _set_loaded(self, call: Call) -> None:
+    def _set_loaded(self, call: Call, needed: Collection[str]) -> None:
         """Sets the loaded parameters that the programs touch in such a call, before it is played."""
         strategies = self._strategies.values()
         if not any(strategy.pending["parameters"] for strategy in strategies):
@@ -393,39 +392,35 @@ class Game:
         kind = tuple(layout(batch.call) for batch in batches(call))
         found = kind not in self._looked
         while found and any(strategy.pending["parameters"] for strategy in strategies):
-            with aside():
-                found = any([self._adopts_loaded(name, call) for name in self._learners])
+            scores = self._tried(self._stage.score, call, needed)
+            found = any([self._strategies[n].adopt(s.parameters) for n, s in scores.items()])
         self._looked.add(kind)
 
-    def _adopts_loaded(self, name: str, call: Call) -> bool:
-        with self._resting_may_fail(name):
-            return self._strategies[name].adopt(self._stage.score(name, call).parameters)
-        return False
-
-    def _resting_may_fail(self, name: str) -> AbstractContextManager[None]:
-        """A player that rests need not be scored by batches that are not for it."""
-        is_needed = name in self._awake() | self._watched()
-        return nullcontext() if is_needed else suppress(Exception)
-
-    def _check_learnable(self, call: Call, rounds: Iterable[tuple[str, ...]]) -> None:
-        """Checks once, on the side, that those who move can: all that move are tried before any.
+    def _check_learnable(self, call: Call, moving: set[str], watched: set[str]) -> None:
+        """Checks once, on the side, that those who move can: all are tried before any moves.
 
         Those who rest are scored too, so that what belongs to them is known.
         """
-        moving = _names(rounds)
         if moving <= self._learnable:
             return
-        scores = {}
-        with aside():
-            for name in self._learners:
-                with self._resting_may_fail(name):
-                    scores[name] = self._try(name, call)
-        tried = {name: scores[name] for name in scores if name in moving | self._watched()}
+        scores = self._tried(self._try, call, needed=moving | watched)
+        tried = {name: scores[name] for name in scores if name in moving | watched}
         for name, score in tried.items():
             _check_learnable(name, score)
         if not any(score.parameters for score in tried.values()):
             raise ValueError(NOTHING_TO_LEARN)
         self._learnable |= moving
+
+    def _tried(
+        self, score: Callable[[str, Call], Score], call: Call, needed: Collection[str]
+    ) -> dict[str, Score]:
+        """Scores all players on the side; a batch need not do for those who aren't needed."""
+        scores = {}
+        with aside():
+            for name in self._learners:
+                with nullcontext() if name in needed else suppress(Exception):
+                    scores[name] = score(name, call)
+        return scores
 
     def _try(self, name: str, call: Call) -> Score:
         """Scores a player until a draw makes use of its parameters, as not every draw may do."""
