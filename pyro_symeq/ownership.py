@@ -59,11 +59,12 @@ class Owners:
             named: The parameters that statements name.
             sites: What the programs scored, to tell the graphs of utilities apart.
         """
-        if not utility.requires_grad or not self._uses_unnamed.get((player, *sites), True):
+        scored = (player, *sites)
+        if not utility.requires_grad or not self._uses_unnamed.get(scored, True):
             return []
         known = self._claimed.union(*(parameters.values() for parameters in named))
         leaves = [leaf for leaf in _graph_leaves(utility) if leaf not in known]
-        self._uses_unnamed[player, *sites] = bool(leaves)
+        self._uses_unnamed[scored] = bool(leaves)
         self.touch(player, leaves)
         return [leaf for leaf in leaves if self._owner.get(leaf) == player]
 
