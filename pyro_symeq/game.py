@@ -448,8 +448,8 @@ def _check_learnable(name: str, score: Score) -> None:
         f"The {name}'s program uses parameters that no statement names, with shapes "
         f"{shapes}. Register their networks with pyro.module or as attributes of a "
         "PyroModule; if they are, other parameters of that name are in the way: call "
-        "pyro.clear_param_store() before a new training, or, for two PyroModules of one class, "
-        "pyro.settings.set(module_local_params=True) before they are made."
+        "pyro.clear_param_store() before a new training, and give networks of several players "
+        "names of their own (PyroModules: pyro.settings.set(module_local_params=True))."
     )
     if not score.parameters:
         raise ValueError(f"There is nothing to learn for the {name}. {problem}")
