@@ -60,7 +60,6 @@ class Rounds:
         if self.start not in ("dream", "data"):
             raise ValueError(f"Expected start='dream' or 'data', got {self.start!r}.")
         check_count("burn_in", self.burn_in, at_least=0)
-        check_count("thin", self.thin, at_least=1)
         if self.num_draws < 1:
             raise ValueError(
                 f"No round is kept: num_steps={self.num_steps}, burn_in={self.burn_in} and "
@@ -114,8 +113,8 @@ class Chain(ABC):
         self.known: Observations = {}
 
     @abstractmethod
-    def copy_arguments(self, copies: int) -> None:
-        """Lets the programs see copies of the rows."""
+    def copy_arguments(self, copies: int, with_others: bool) -> None:
+        """Lets the programs see copies of the rows, of arguments that hold no data too or not."""
 
     @abstractmethod
     def start(self, start: Start) -> State:
@@ -136,6 +135,10 @@ class Chain(ABC):
         """The number of rows with all their copies."""
         return 1 if self.rows is None else self.copies * self.rows.size
 
+    @abstractmethod
+    def traces(self, state: State) -> Iterator[Trace]:
+        """Runs each program at the values of a state."""
+
     def prepare(self, copies: int, given: Values, mask: Values) -> None:
         """Makes copies of the rows and clamps what is known.
 
@@ -144,11 +147,7 @@ class Chain(ABC):
         """
         known = clamps(self.variables, self.batch, given, mask)
         if copies > 1:
-            if self.rows is None:
-                raise self.uncopied(copies, "no vectorised plate holds all random variables")
-            self.copies = copies
-            self.batch = {n: self.variables[n].copied(v, copies) for n, v in self.batch.items()}
-            self.copy_arguments(copies)
+            self.copy(copies)
         for name, seen in known.items():
             of = self.variables[name]
             where = None if seen.mask is None else of.copied(seen.mask, copies)
@@ -157,25 +156,59 @@ class Chain(ABC):
             raise ValueError(
                 "There is nothing left to draw: given= and mask= fix every site. Leave some out."
             )
-        if copies > 1:
-            self.try_copies()
 
-    def try_copies(self) -> None:
-        """Runs the programs once on the side, on copies of the rows.
+    def copy(self, copies: int) -> None:
+        """Lets the programs see copies of the rows, and checks that each copy is as if alone.
 
         Raises:
-            ValueError: They fail, or draw other shapes than copies have.
+            ValueError: They can't run on copies, or copies have other laws.
         """
-        try:
-            with aside():
-                state = self.start("dream")
-                self.check_shapes(state)
-                for block in self.free:
-                    drawn = self.draw(block, state)
-                    self.check_shapes(drawn)
-                    state = state | drawn
-        except Exception as error:
-            raise self.uncopied(self.copies, str(error)) from error
+        if self.rows is None:
+            raise self.uncopied(copies, "no vectorised plate holds all random variables")
+        with aside():
+            states = [self.start("dream") for _ in range(2)]
+            alone = [self.log_probs(state) for state in states]
+            again = self.log_probs(states[0])
+        is_repeatable = all(_close(alone[0][key], again[key]) for key in again)
+        self.copies = copies
+        self.batch = {n: self.variables[n].copied(v, copies) for n, v in self.batch.items()}
+        mixed = {
+            name: of.joined([states[i % 2][name] for i in range(copies)])
+            for name, of in self.variables.items()
+        }
+        errors = []
+        for with_others in (True, False):
+            self.copy_arguments(copies, with_others)
+            try:
+                with aside():
+                    self.check_shapes(self.start("dream"))
+                    found = self.log_probs(mixed)
+            except Exception as error:
+                errors.append(str(error))
+                continue
+            differing = [key for key in found if not self._is_alike(found[key], alone, key)]
+            if not (is_repeatable and differing):
+                return
+            name = differing[0][1]
+            errors.append(f"the law of site '{name}' in a row depends on the other copies")
+        raise self.uncopied(copies, errors[0])
+
+    def log_probs(self, state: State) -> dict[tuple[int, str], Tensor]:
+        """The log-probabilities (nats) at a state, by program and site, in batch shape."""
+        return {
+            (i, name): site["fn"].log_prob(state[name])
+            for i, trace in enumerate(self.traces(state))
+            for name, site in passes.sample_sites(trace)
+            if name in self.variables and not passes.is_implicit(site)
+        }
+
+    def _is_alike(
+        self, found: Tensor, alone: list[dict[tuple[int, str], Tensor]], key: tuple[int, str]
+    ) -> bool:
+        """Whether the copies have the log-probabilities of two states alone, in turn."""
+        assert self.rows is not None
+        by_copy = found.chunk(self.copies, self.rows.dim)
+        return all(_close(x, alone[i % 2][key]) for i, x in enumerate(by_copy))
 
     def uncopied(self, copies: int, why: str) -> ValueError:
         """Says that the programs can't run on copies of the rows."""
@@ -267,6 +300,10 @@ class Chain(ABC):
                 f"A chain meets NaN or infinity in round {t} at site '{name}' (round 0 is the "
                 f"start). {DIVERGED}"
             )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 class _find_nan(Messenger):  # noqa: N801

@@ -8,6 +8,7 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions.constraints import Constraint
 
 from pyro_symeq.passes import Observation, Observations, Site
 from pyro_symeq.rows import Variable
@@ -102,7 +103,7 @@ def _value(name: str, value: Any, of: Variable, mask: Tensor | None) -> Tensor:
     if is_validation_enabled():
         with suppress(NotImplementedError):
             support = of.law.support
-            if not support.check(full).all():
+            if not _has_tensors(support) and not support.check(full).all():
                 raise ValueError(
                     f"The given value of site '{name}' lies outside the support of its "
                     f"distribution, {support}."
@@ -118,3 +119,11 @@ def _expanded(what: str, value: Tensor, of: Variable) -> Tensor:
             f"The {what} has shape {tuple(value.shape)}, which doesn't broadcast to the shape of "
             f"the site, {tuple(of.value.shape)}."
         ) from error
+
+
+def _has_tensors(support: Any) -> bool:
+    """Whether a support has bounds of its own in each draw."""
+    parts = vars(support).values()
+    return any(
+        isinstance(x, Tensor) or (isinstance(x, Constraint) and _has_tensors(x)) for x in parts
+    )

@@ -1,6 +1,6 @@
 r"""Chains that draw each block from its conditional :math:`p_b(v_b \mid v_{\neg b})`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,8 +52,11 @@ class ConditionalChain(Chain):
         self.check_shapes(self.batch)
         self.batch = {n: v.to(self.variables[n].value.dtype) for n, v in self.batch.items()}
 
-    def copy_arguments(self, copies: int) -> None:  # noqa: D102
+    def copy_arguments(self, copies: int, with_others: bool) -> None:  # noqa: D102
         pass  # programs see values, whose rows are copied
+
+    def traces(self, state: State) -> Iterator[Trace]:  # noqa: D102
+        return (self._trace(block, state) for block in self.blocks)
 
     def start(self, start: Start) -> State:  # noqa: D102
         state = self._start(start, {})

@@ -244,6 +244,8 @@ class Game:
                 finite, or all players are frozen. Nothing has moved then; with Pyro's validation
                 off, players that came before may have.
         """
+        if torch.is_inference_mode_enabled():
+            raise ValueError("Nothing can be learned within torch.inference_mode(). Leave it.")
         call = (args, kwargs)
         rounds = self._rounds()
         moving = _names(rounds)
@@ -314,6 +316,17 @@ class Game:
         self._check_names(state["frozen"])
         for name, strategy in self._strategies.items():
             strategy.check(state["players"][name])
+        before = self.state_dict()
+        try:
+            self._load(state)
+        except Exception as error:
+            self._load(before)
+            raise ValueError(
+                f"The state can't be loaded ({type(error).__name__}: {error}). Build the same "
+                "optimisers as those that it was saved of."
+            ) from error
+
+    def _load(self, state: State) -> None:
         for name, strategy in self._strategies.items():
             strategy.load_state_dict(state["players"][name])
         self._frozen = set(state["frozen"])

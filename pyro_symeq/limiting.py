@@ -117,7 +117,7 @@ class LimitingDistribution:
             args: What model and guide take, or a :class:`Batch`. For conditionals none, or a batch
                 with values of variables. They tell how many rows there are.
             num_steps: The number of rounds.
-            burn_in: How many to leave out at first; by default all but the last.
+            burn_in: How many to leave out at first; by default all but the last ``thin``.
             thin: Each how-many-th of the others to keep.
             start: Where the chains start: at a ``"dream"`` of the model (a draw of the prior, for
                 conditionals), or at the ``"data"`` in the batch.
@@ -184,6 +184,7 @@ class LimitingDistribution:
             TypeError: An option is of the wrong kind.
             ValueError: Nothing is known, an option is impossible, or a chain meets NaN.
         """
+        given, mask = by_site("given", given), by_site("mask", mask)
         if not given and not mask:
             raise ValueError(
                 "Nothing is known to complete. Tell by given= and mask= what is, or use sample()."
@@ -277,8 +278,9 @@ def _rounds(
     num_steps: int, burn_in: int | None, thin: int, start: Start, only_last: bool = False
 ) -> Rounds:
     check_count("num_steps", num_steps, at_least=1)
+    check_count("thin", thin, at_least=1)
     if burn_in is None:
-        burn_in = num_steps - 1 if only_last else num_steps // 2
+        burn_in = max(num_steps - thin, 0) if only_last else num_steps // 2
     return Rounds(num_steps, burn_in, thin, start)
 
 
@@ -300,7 +302,7 @@ def _by_row(name: str, value: Any, chain: Chain) -> Tensor:
             f"Expected functional '{name}' to return a tensor whose first dimension has the "
             f"{rows} rows of all chains, got {shape}."
         )
-    return value.unflatten(0, (chain.copies, -1))
+    return value.unflatten(0, (chain.copies, -1)).clone()
 
 
 def _ticks(last: int, progress: bool) -> Iterable[int]:

@@ -1,6 +1,6 @@
 r"""Chains that alternate :math:`x \sim p(x \mid z)` and :math:`z \sim q(z \mid x)`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from pyro.poutine import Trace
@@ -28,7 +28,7 @@ class PairChain(Chain):
     def __init__(self, model: Program, guide: Program, bind: Bind | None, call: Call) -> None:
         self.model = model
         self.guide = guide
-        self.call = call
+        self.call = self._batch = call
         self.pattern, dream = rehearse(model, guide, call, bind)
         self._observed = dream.observed
         refuse_parts(dream.trace)
@@ -53,9 +53,18 @@ class PairChain(Chain):
         self._run = dream
         self._latents = guided
 
-    def copy_arguments(self, copies: int) -> None:  # noqa: D102
+    def copy_arguments(self, copies: int, with_others: bool) -> None:  # noqa: D102
         assert self.rows is not None
-        self.call = copied_call(self.call, self.rows, self._observed, self.variables, copies)
+        self.call = copied_call(
+            self._batch, self.rows, self._observed, self.variables, copies, with_others
+        )
+
+    def traces(self, state: State) -> Iterator[Trace]:  # noqa: D102
+        everything = {name: Observation(value) for name, value in state.items()}
+        run = self._dream(None, everything)
+        yield run.trace
+        with overlay(everything):
+            yield passes.fill_in(self.guide, self.pattern.hand_over(run, self.call), {})
 
     def start(self, start: Start) -> State:  # noqa: D102
         known = self.known
@@ -87,11 +96,12 @@ class PairChain(Chain):
                 around(self.model), self.call, latents, followed=self.pattern.is_followed
             )
 
-    @staticmethod
-    def _values(trace: Trace, names: Iterable[str]) -> State:
-        if missing := [name for name in names if name not in trace]:
+    def _values(self, trace: Trace, names: Iterable[str]) -> State:
+        drawn = passes.drawn(trace)
+        if passes.unobserved(trace, self.variables) or not drawn.keys() >= {*names}:
             raise ValueError(
-                f"Expected the programs to sample {missing} in each run. Chains run side by side, "
-                "so let the same sites be there in each round."
+                f"Expected the programs to sample {sorted(names)} in each run, and none but "
+                f"{sorted(self.variables)}, got {sorted(drawn)}. Chains run side by side, so let "
+                "the same sites be there in each round."
             )
-        return {name: passes.value(trace, name) for name in names}
+        return {name: drawn[name] for name in names}

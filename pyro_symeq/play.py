@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_symeq import passes
 from pyro_symeq.batch import batches
-from pyro_symeq.binding import Call, Program
+from pyro_symeq.binding import Call, Program, leaves, put
 from pyro_symeq.ownership import Owners, Parameters
 
 __all__ = ["Play"]
@@ -52,11 +52,15 @@ class Play:
     Args:
         programs: The programs by the names of their players.
         owners: Who owns which parameter.
+        learner: Whose utility is drawn; scores of others are numbers to it.
     """
 
-    def __init__(self, programs: Mapping[str, Program], owners: Owners) -> None:
+    def __init__(
+        self, programs: Mapping[str, Program], owners: Owners, learner: str | None = None
+    ) -> None:
         self.programs = programs
         self.owners = owners
+        self.learner = learner
         self.log_probs: list[tuple[str, str, Tensor]] = []  # player, site, nats
         self.touched: dict[str, Parameters] = {name: {} for name in programs}
 
@@ -95,8 +99,8 @@ class Play:
     ) -> Tensor:
         r"""Scores a player's program at values of its random variables.
 
-        The gradient of a utility is taken in its player's own parameters only. Arguments and values
-        are data: no gradient passes through them. Factors count; sites without a density
+        Its gradient reaches that player's own parameters, and nothing else: to other players it is
+        a number, and no gradient passes through arguments and values. Factors count; sites without a density
         (:class:`Implicit`) and auxiliary ones don't.
 
         Args:
@@ -114,9 +118,8 @@ class Play:
                 fit its site.
         """
         values = _tensors(given)
-        call = tuple(map(_detached, args)), {name: _detached(x) for name, x in kwargs.items()}
         fix = passes.fix(values, partial(_whole, player))
-        trace = passes.observe(self._program(player), call, fix)
+        trace = passes.observe(self._program(player), _detached((args, kwargs)), fix)
         _check_names(player, trace, fix)
         if unknown := passes.unobserved(trace, values):
             raise ValueError(
@@ -129,7 +132,8 @@ class Play:
                 f"The program of player '{player}' samples no site with a density, so it has no "
                 "log-probability."
             )
-        return self.score(player, Scored(trace, names, {}))
+        log_prob = self.score(player, Scored(trace, names, {}))
+        return log_prob if self.learner in (None, player) else log_prob.detach()
 
     def score(self, player: str, *runs: Scored) -> Tensor:
         """Sums the log-probabilities (nats) of runs of a player's program.
@@ -246,11 +250,22 @@ def refuse_reserved(names: Iterable[str]) -> None:
         )
 
 
-def _detached(argument: Any) -> Any:
-    return argument.detach() if isinstance(argument, Tensor) else argument
+def _detached(call: Call) -> Call:
+    for path, leaf in leaves(call):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            call = put(call, path, leaf.detach())
+    return call
 
 
-def _tensors(given: Mapping[str, Any] | None) -> dict[str, Tensor]:
+def _tensors(given: Any) -> dict[str, Tensor]:
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"Expected given= to be a dict, got {type(given).__name__}.")
+    for name, value in (given or {}).items():
+        if not isinstance(value, (Tensor, int, float)):
+            raise TypeError(
+                f"Expected a tensor or a number for site '{name}' in given=, got "
+                f"{type(value).__name__}."
+            )
     return {name: torch.as_tensor(value) for name, value in (given or {}).items()}
 
 
@@ -295,9 +310,9 @@ class Stage:
         self.utilities = utilities
         self.owners = Owners(list(programs), claims or {})
 
-    def play(self) -> Play:
-        """Begins a play."""
-        return Play(self.programs, self.owners)
+    def play(self, learner: str | None = None) -> Play:
+        """Begins a play, for the utility of a player."""
+        return Play(self.programs, self.owners, learner)
 
     def score(self, player: str, call: Call) -> Score:
         """Draws a player's utility: the weighted sum over the batches of a step.
@@ -306,7 +321,7 @@ class Stage:
             TypeError: The utility is no tensor.
             ValueError: It is no scalar, or not finite.
         """
-        play = self.play()
+        play = self.play(player)
         utility = torch.zeros(())
         for i, batch in enumerate(batches(call)):
             args, kwargs = batch.call

@@ -48,7 +48,12 @@ class Variable:
 
     def copied(self, value: Tensor, copies: int) -> Tensor:
         """Copies the rows of a value, one copy of all of them after another."""
-        return value if self.dim is None else torch.cat([value] * copies, self.dim)
+        return value if self.dim is None else self.joined([value] * copies)
+
+    def joined(self, values: list[Tensor]) -> Tensor:
+        """The rows of values, one value after another."""
+        assert self.dim is not None
+        return torch.cat(values, self.dim)
 
     def by_chain(self, value: Tensor, copies: int) -> Tensor:
         """Brings the copies of the rows into a first dimension."""
@@ -90,11 +95,13 @@ def copied_call(
     observed: Observations,
     variables: dict[str, Variable],
     copies: int,
+    with_others: bool,
 ) -> Call:
     """Copies the rows of the arguments.
 
-    A tensor that holds data is copied along the dimension where it holds their rows, any other one
-    along the first, if that has as many elements as there are rows.
+    A tensor that holds data is copied along the dimension where it holds their rows; any other
+    one, if those are to be copied too, along the first if that has as many elements as there are
+    rows.
     """
     dims: dict[Path, int] = {}
     for name, seen in observed.items():
@@ -105,7 +112,8 @@ def copied_call(
     for path, leaf in leaves(call):
         if isinstance(leaf, Tensor):
             dim = dims.get(path, 0)
-            if leaf.dim() > dim and leaf.shape[dim] == rows.size:
+            is_meant = path in dims or with_others
+            if is_meant and leaf.dim() > dim and leaf.shape[dim] == rows.size:
                 call = put(call, path, torch.cat([leaf.detach()] * copies, dim))
     return call
 

@@ -50,15 +50,15 @@ class Strategy:
 
     def move(self, parameters: Mapping[str, Tensor], gradients: list[Tensor | None]) -> None:
         """Lets the optimiser take a step along the gradients of the negative utility."""
-        leaves = list(parameters.values())
+        by_leaf = dict(zip(parameters.values(), gradients, strict=True))  # names may share one
         if self._before is not None:
-            for leaf in leaves:
+            for leaf in by_leaf:
                 if leaf not in self._before:
-                    self._before[leaf] = leaf.detach().clone(), self._moments(leaf)
-        for leaf, gradient in zip(leaves, gradients, strict=True):
+                    self._before[leaf] = leaf.detach().clone(), self._memory(leaf)
+        for leaf, gradient in by_leaf.items():
             leaf.grad = gradient
-        self.optim(leaves)
-        for leaf in leaves:
+        self.optim(list(by_leaf))
+        for leaf in by_leaf:
             leaf.grad = None
 
     @contextmanager
@@ -67,25 +67,30 @@ class Strategy:
         self._before = {}
         try:
             yield
-        except Exception:
-            for leaf, (value, moments) in self._before.items():
+        except BaseException:
+            for leaf, (value, memory) in self._before.items():
                 leaf.detach().copy_(value)
-                if moments is None:
+                if memory is None:
                     self.optim.optim_objs.pop(leaf, None)
                 else:
-                    _torch_optimizer(self.optim.optim_objs[leaf]).state[leaf] = moments
+                    optimizer = _torch_optimizer(self.optim.optim_objs[leaf])
+                    optimizer.state[leaf] = memory["state"]
+                    optimizer.param_groups[0].update(memory["settings"])
             raise
         finally:
             self._before = None
 
-    def _moments(self, leaf: Tensor) -> State | None:
+    def _memory(self, leaf: Tensor) -> State | None:
+        """What the optimiser of a parameter remembers: its averages, and its settings by now."""
         if leaf not in self.optim.optim_objs:
             return None
-        state = _torch_optimizer(self.optim.optim_objs[leaf]).state[leaf]
-        return {
+        optimizer = _torch_optimizer(self.optim.optim_objs[leaf])
+        settings = {key: x for key, x in optimizer.param_groups[0].items() if key != "params"}
+        state = {
             key: value.clone() if isinstance(value, Tensor) else value
-            for key, value in state.items()
+            for key, value in optimizer.state[leaf].items()
         }
+        return {"state": state, "settings": settings}
 
     def state_dict(self) -> State:
         """Copies the parameters (unconstrained) and the optimiser's state, by parameter name."""

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.optim import SGD, Adam, ExponentialLR
+from pyro.optim import SGD, Adam, ClippedAdam, ExponentialLR
 from torch import nn
 
 from pyro_symeq import Batch, Game, GameLoss, Player, SymmetricEquilibrium
@@ -796,3 +796,100 @@ def test_reprs():
         "Game(players=['a', 'b', 'c'], updates=['a', ('b', 'c')], num_steps=0)"
     )
     assert repr(chase.game.players[0]) == "Player('a')"
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_a_tensor_of_two_names_takes_one_step(kind):
+    weight = torch.tensor(0.0, requires_grad=True)
+
+    def program(x):
+        loc = pyro.param("one name", weight) + pyro.param("another", weight)
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def utility(play, x):
+        return play.log_prob("a", x)
+
+    Game([Player("a", program, kind({"lr": 0.1}), utility)]).step(torch.tensor(0.5))
+    assert weight.item() == pytest.approx(0.1)  # SGD: the gradient is 2 * 0.5
+
+
+def test_settings_that_an_optimiser_changes_are_undone():
+    chase = Chase(ClippedAdam({"lr": 0.1, "lrd": 0.5}))
+    chase.game.step(0.5)
+    chase.broken = "b"
+    with pytest.raises(ValueError, match="No log-probability at site"):
+        chase.game.step(0.5)
+    chase.broken = None
+    chase.game.step(0.5)
+    settings = {
+        name: optimizer["optimizer"]["param_groups"][0]["lr"]
+        for player in chase.game.state_dict()["players"].values()
+        for name, optimizer in player["optim"].items()
+    }
+    assert settings == dict.fromkeys("abc", 0.025)
+
+
+def test_an_interrupt_leaves_all_where_they_were():
+    chase = Chase(Adam({"lr": 0.1}))
+    chase.game.step(0.5)
+    before = chase.values
+    target = chase.target
+
+    def interrupted(name, theta, pull):
+        if name == "c":
+            raise KeyboardInterrupt
+        return target(name, theta, pull)
+
+    chase.target = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        chase.game.step(0.5)
+    assert chase.values == before
+
+
+def test_nothing_is_learned_in_inference_mode():
+    chase = Chase()
+    with torch.inference_mode(), pytest.raises(ValueError, match="within torch.inference_mode"):
+        chase.game.step(0.5)
+    assert chase.game.num_steps == 0
+
+
+def test_a_state_of_another_optimiser_changes_nothing():
+    chase = Chase(SGD({"lr": 0.1, "momentum": 0.9}))
+    chase.game.step(0.5)
+    state = copy.deepcopy(chase.game.state_dict())
+    other = Chase(Adam({"lr": 0.1}))
+    other.game.step(0.2)
+    before, kept = other.values, copy.deepcopy(other.game.state_dict())
+    with pytest.raises(ValueError, match=r"The state can't be loaded \(KeyError"):
+        other.game.load_state_dict(state)
+    assert other.values == before
+    assert str(other.game.state_dict()) == str(kept)
+    other.game.step(0.2)
+
+
+def test_a_score_of_another_player_is_a_number():
+    """a can't move by what its own network does within the program of b."""
+    shared = nn.Linear(1, 1)
+
+    def a(x):
+        pyro.module("shared", shared)
+        pyro.sample("x", dist.Normal(shared(x).sum(), 1.0), obs=x.sum())
+
+    def b(x):
+        pyro.module("shared", shared)
+        bias = pyro.param("bias", torch.tensor(0.0))
+        pyro.sample("x", dist.Normal(shared(x).sum() + bias, 1.0), obs=x.sum())
+
+    seen = {}
+
+    def u_a(play, x):
+        seen["b"] = play.log_prob("b", x)
+        return play.log_prob("a", x) + seen["b"]
+
+    sgd = SGD({"lr": 0.1})
+    x = torch.tensor([0.7])
+    error = (x.sum() - shared(x).sum()).item()
+    before = shared.bias.item()
+    Game([Player("a", a, sgd, u_a), Player("b", b, sgd, fit("b"))]).step(x)
+    assert not seen["b"].requires_grad
+    assert shared.bias.item() == pytest.approx(before + 0.1 * error)

@@ -902,3 +902,35 @@ def test_time_hardly_grows_with_the_chains():
     seconds(1)
     one, many = (min(seconds(n) for _ in range(3)) for n in (1, 2_000))
     assert many < one * 2_000 / 50
+
+
+def test_a_support_that_depends_on_draws_is_no_reason_to_refuse():
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Uniform(0.0, 10.0))
+            pyro.sample("x", dist.Uniform(0.0, z), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Uniform(x, 10.0))
+
+    for seed in range(8):
+        pyro.set_rng_seed(seed)
+        completion = LimitingDistribution(model, guide).complete(
+            torch.tensor([5.0]), mask={"x": torch.tensor(True)}, num_steps=4
+        )
+        assert (completion.samples["z"] >= 5).all()
+
+
+def test_thinned_chains_give_their_last_state():
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=x))
+
+    limiting = LimitingDistribution(model, guide)
+    assert limiting.sample(3, torch.zeros(2), num_steps=7, thin=3)["x"].shape == (3, 2)

@@ -475,3 +475,20 @@ def test_a_play_is_what_utilities_get():
 
     score(utility, p=plain)
     assert isinstance(seen[0], Play)
+
+
+def test_no_gradient_passes_through_nested_arguments():
+    weight = torch.tensor(2.0, requires_grad=True)
+
+    def program(batch):
+        loc = pyro.param("loc", torch.tensor(0.0))
+        pyro.sample("x", dist.Normal(batch["h"] + loc, 1.0), obs=batch["x"])
+
+    seen = play(p=program).log_prob("p", {"h": weight * 2, "x": torch.tensor(1.0)})
+    assert torch.autograd.grad(seen, weight, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("given", [[1.0], {"z": None}, {"z": {"z": ONES}}], ids=str)
+def test_given_is_a_dict_of_tensors(given):
+    with pytest.raises(TypeError, match="in given=|Expected given= to be a dict"):
+        play(p=plain).log_prob("p", ONES, given=given)
