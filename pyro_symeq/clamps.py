@@ -10,6 +10,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
+from pyro_symeq import passes
 from pyro_symeq.passes import Observation, Observations, Site
 from pyro_symeq.rows import Variable
 
@@ -100,14 +101,11 @@ def _value(name: str, value: Any, of: Variable, mask: Tensor | None) -> Tensor:
         full = torch.where(
             mask, full, of.value.to(torch.promote_types(full.dtype, of.value.dtype))
         )
-    if is_validation_enabled():
-        with suppress(NotImplementedError):
-            support = of.law.support
-            if not _has_tensors(support) and not support.check(full).all():
-                raise ValueError(
-                    f"The given value of site '{name}' lies outside the support of its "
-                    f"distribution, {support}."
-                )
+    if is_validation_enabled() and not _may_lie(full, of):
+        raise ValueError(
+            f"The given value of site '{name}' lies outside the support of its distribution, "
+            f"{of.law.support}."
+        )
     return full.to(of.value.dtype)
 
 
@@ -119,6 +117,13 @@ def _expanded(what: str, value: Tensor, of: Variable) -> Tensor:
             f"The {what} has shape {tuple(value.shape)}, which doesn't broadcast to the shape of "
             f"the site, {tuple(of.value.shape)}."
         ) from error
+
+
+def _may_lie(value: Tensor, of: Variable) -> bool:
+    """Whether a value lies in the support of a variable, unless other draws have another."""
+    with suppress(NotImplementedError):
+        return _has_tensors(of.law.support) or passes.in_support(of.law, value)
+    return True
 
 
 def _has_tensors(support: Any) -> bool:

@@ -216,11 +216,9 @@ class _Formulas:
                 "The batch is empty. Give data by the names of the variables: "
                 f"{list(self.conditionals.variables)}."
             )
-        if unknown := [name for name in data if name not in self.conditionals.variables]:
-            raise ValueError(
-                f"The batch names {unknown}; the variables are {list(self.conditionals.variables)}."
-            )
-        blocks = self.conditionals.blocks
+        variables, blocks = self.conditionals.variables, self.conditionals.blocks
+        if unknown := [name for name in data if name not in variables]:
+            raise ValueError(f"The batch names {unknown}; the variables are {list(variables)}.")
         for name, sites in blocks.items():
             if 0 < len(lacking := [site for site in sites if site not in data]) < len(sites):
                 raise ValueError(

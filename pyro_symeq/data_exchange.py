@@ -47,16 +47,16 @@ def data_exchange_game(
 
     A model takes its data by keyword, and observes each at the site of the argument's name:
     ``def model(x, y=None)`` with ``pyro.sample("x", ..., obs=x)``. Of others' dreams it is given
-    the sites that it takes, so models may live on different variables. A pair ``(model, guide)`` may
-    have latents, and learns semi-supervised from what it is given, as by
+    the sites that it takes, so models may live on different variables. A pair ``(model, guide)``
+    may have latents, and learns semi-supervised from what it is given, as by
     :class:`SymmetricEquilibrium`: the guide draws what is missing, and learns from dreams.
 
     ``game.step(a={"x": x_a}, b={"x": x_b})`` takes a batch for each model. Others dream as many
     rows for a model as its own batch has.
 
     Args:
-        models: The programs by name, each a model or a pair of a model and a guide. A model gives a
-            player of its name; a pair gives two, ``"name.decoder"`` and ``"name.encoder"``.
+        models: The programs by name, each a model or a pair of a model and a guide. A model gives
+            a player of its name; a pair gives two, ``"name.decoder"`` and ``"name.encoder"``.
         optim: An optimiser for all players, or one for each model by name.
         weights: The weights :math:`\alpha_{ij}` by names, ``{"a": {"a": 0.5, "b": 0.5}, ...}``.
             Those left out of a row are 0; left out altogether, all are equal.
@@ -127,8 +127,8 @@ class _Member:
         dream = {name: x for name, x in drawn.items() if name in variables}
         if others := [n for n, x in data.items() if x is not None and n not in dream]:
             raise ValueError(
-                f"The model '{self.name}' is given {others}, and draws no sites of these names, so "
-                "its dreams don't tell them to others. Name arguments and sites alike; fix with "
+                f"The model '{self.name}' is given {others}, and draws no sites of these names, so"
+                " its dreams don't tell them to others. Name arguments and sites alike; fix with "
                 "functools.partial what is no variable."
             )
         if not self._is_checked:

@@ -398,7 +398,7 @@ class Game:
         return score
 
     def _set_loaded(self, call: Call, needed: Collection[str]) -> None:
-        """Sets the loaded parameters that the programs touch in such a call, before it is played."""
+        """Sets the loaded parameters that the programs touch in such a call, before its play."""
         strategies = self._strategies.values()
         if not any(strategy.pending["parameters"] for strategy in strategies):
             return

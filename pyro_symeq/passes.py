@@ -437,6 +437,14 @@ def counting(site: Site) -> Tensor | None:
     return reduce(torch.logical_and, elements) if elements else None
 
 
+def in_support(fn: Any, value: Tensor) -> bool:
+    """Whether a value lies in the support of a distribution, as far as that is known."""
+    try:
+        return bool(fn.support.check(value).all())
+    except NotImplementedError:
+        return True
+
+
 def is_implicit(site: Site) -> bool:
     """Whether the distribution of a site, under its wrappers, has no density."""
     return isinstance(_base(site["fn"]), Implicit)

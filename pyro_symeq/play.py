@@ -100,8 +100,8 @@ class Play:
         r"""Scores a player's program at values of its random variables.
 
         Its gradient reaches that player's own parameters, and nothing else: to other players it is
-        a number, and no gradient passes through arguments and values. Factors count; sites without a density
-        (:class:`Implicit`) and auxiliary ones don't.
+        a number, and no gradient passes through arguments and values. Factors count; sites without
+        a density (:class:`Implicit`) and auxiliary ones don't.
 
         Args:
             player: The name of the player.
@@ -209,7 +209,7 @@ def _broadcast(player: str, name: str, fn: Any, value: Tensor) -> Tensor:
         value = value.expand(fn.shape())
     except RuntimeError as error:
         raise _misfit(player, name, "that broadcasts to", fn, value) from error
-    if is_validation_enabled() and not fn.support.check(value).all():
+    if is_validation_enabled() and not passes.in_support(fn, value):
         raise ValueError(
             f"The value given for site '{name}' of player '{player}' lies outside its support "
             f"{fn.support}."
