@@ -233,7 +233,7 @@ def test_nothing_to_learn():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x[:, :1], 1.0).to_event(1))
 
-    with pytest.raises(ValueError, match="nothing to learn: neither the model nor the guide"):
+    with pytest.raises(ValueError, match="nothing to learn: no program touches a parameter"):
         SymmetricEquilibrium(model, guide, Adam({"lr": 0.1})).step(X)
     with pytest.raises(ValueError, match="nothing to learn"):
         SymmetricUtility()(model, guide)(X)
