@@ -26,7 +26,7 @@ from pyro_symeq.binding import Call, Program, layout
 from pyro_symeq.loss import GameLoss
 from pyro_symeq.ownership import NOTHING_TO_LEARN, Parameters
 from pyro_symeq.play import Score, Stage, Utility
-from pyro_symeq.rehearsal import aside
+from pyro_symeq.rehearsal import aside, buffers_kept
 from pyro_symeq.strategy import State, Strategy
 
 __all__ = ["Game", "Player"]
@@ -268,7 +268,7 @@ class Game:
         return GameLoss({name: utilities[name] for name in self._learners if name in utilities})
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> GameLoss:
-        r"""Estimates the loss :math:`-\sum_i u_i` (nats); nothing moves.
+        r"""Estimates the loss :math:`-\sum_i u_i` (nats); nothing moves, buffers neither.
 
         Args:
             args: What the utilities take after ``play``, or one :class:`Batch` or several.
@@ -278,9 +278,9 @@ class Game:
             A float with ``.utilities`` of all players that have one, frozen or not.
         """
         call = (args, kwargs)
-        with torch.no_grad():
+        with torch.no_grad(), buffers_kept():
             self._set_loaded(call, needed=self._learners)
-        return GameLoss(self._utilities(call, self._learners))
+            return GameLoss(self._utilities(call, self._learners))
 
     def state_dict(self) -> State:
         """Copies all that a training needs to go on as if it had never stopped.

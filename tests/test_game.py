@@ -893,3 +893,20 @@ def test_a_score_of_another_player_is_a_number():
     Game([Player("a", a, sgd, u_a), Player("b", b, sgd, fit("b"))]).step(x)
     assert not seen["b"].requires_grad
     assert shared.bias.item() == pytest.approx(before + 0.1 * error)
+
+
+def test_evaluating_keeps_running_averages():
+    norm = nn.BatchNorm1d(2)
+
+    def program(x):
+        pyro.module("norm", norm)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(norm(x), 1.0).to_event(1), obs=x)
+
+    game = Game([Player("a", program, SGD({"lr": 0.1}), fit("a"))])
+    game.step(X)
+    before = norm.running_mean.clone()
+    game.evaluate_loss(X)
+    assert torch.equal(norm.running_mean, before)
+    game.step(X)
+    assert not torch.equal(norm.running_mean, before)
