@@ -172,10 +172,8 @@ class Chain(ABC):
         is_repeatable = all(_close(alone[0][key], again[key]) for key in again)
         self.copies = copies
         self.batch = {n: self.variables[n].copied(v, copies) for n, v in self.batch.items()}
-        mixed = {
-            name: of.joined([states[i % 2][name] for i in range(copies)])
-            for name, of in self.variables.items()
-        }
+        in_turn = (states * copies)[:copies]
+        mixed = {n: of.joined([x[n] for x in in_turn]) for n, of in self.variables.items()}
         errors = []
         for with_others in (True, False):
             self.copy_arguments(copies, with_others)
@@ -207,8 +205,9 @@ class Chain(ABC):
     ) -> bool:
         """Whether the copies have the log-probabilities of two states alone, in turn."""
         assert self.rows is not None
-        by_copy = found.chunk(self.copies, self.rows.dim)
-        return all(_close(x, alone[i % 2][key]) for i, x in enumerate(by_copy))
+        dim = found.dim() + self.rows.dim
+        by_copy = found.unflatten(dim, (self.copies, -1)).movedim(dim, 0)
+        return all(_close(by_copy[i::2], alone[i][key].expand_as(by_copy[i::2])) for i in (0, 1))
 
     def uncopied(self, copies: int, why: str) -> ValueError:
         """Says that the programs can't run on copies of the rows."""
