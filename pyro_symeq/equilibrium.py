@@ -49,9 +49,8 @@ class SymmetricEquilibrium(Game):
         encoder_steps: How often the encoder does.
         encoder_warmup: In how many first calls the encoder alone moves, on dreams of the untrained
             decoder.
-        parameters: Modules whose parameters are the ``"decoder"``'s or the ``"encoder"``'s own, if
-            it isn't to be what the model touches and the rest of what the guide does; see
-            :class:`Player`.
+        parameters: Modules whose parameters are the ``"decoder"``'s or the ``"encoder"``'s own,
+            where what the model touches isn't to be the decoder's; see :class:`Player`.
 
     Raises:
         TypeError: ``optim`` is neither a ``PyroOptim`` nor a pair of them.

@@ -48,9 +48,9 @@ class Player:
         utility: A function ``utility(play, *args, **kwargs)`` of a :class:`Play` and of what
             :meth:`Game.step` is given. It returns a scalar tensor (nats). A player without utility
             and optimiser never moves, and others may draw from it: a fixed prior, say.
-        parameters: A module whose parameters are the player's own, or named parameters
-            (``net.named_parameters()``). If left out, those that its program touches and no
-            player before it does.
+        parameters: A module whose parameters are the player's own whoever touches them, or named
+            parameters (``net.named_parameters()``). Besides, a player owns what its program
+            touches, nobody claims, and no player before it does.
 
     Raises:
         TypeError: An argument is of the wrong kind.

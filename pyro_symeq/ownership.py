@@ -20,7 +20,7 @@ class Owners:
 
     Args:
         players: The names of the players.
-        claims: The parameters that some of them claim: these own no others.
+        claims: The parameters that some of them claim.
     """
 
     def __init__(self, players: Sequence[str], claims: Mapping[str, Parameters]) -> None:
@@ -32,8 +32,6 @@ class Owners:
 
     def touch(self, player: str, leaves: Iterable[Tensor]) -> None:
         """Takes note of parameters that a player's program uses."""
-        if player in self.claims:
-            return
         rank = self._rank[player]
         for leaf in leaves:
             owner = self._owner.setdefault(leaf, player)
@@ -41,10 +39,22 @@ class Owners:
                 self._owner[leaf] = player
 
     def owned(self, player: str, touched: Parameters) -> Parameters:
-        """The parameters of a player: those that it claims, or its own of those it touched."""
-        if player in self.claims:
-            return self.claims[player]
-        return {name: leaf for name, leaf in touched.items() if self._owner.get(leaf) == player}
+        """The parameters of a player: those that it claims, and its own of those it touched.
+
+        Raises:
+            ValueError: Two of them have one name.
+        """
+        own = {name: leaf for name, leaf in touched.items() if self._owner.get(leaf) == player}
+        if player not in self.claims:
+            return own
+        own = {name: leaf for name, leaf in own.items() if leaf not in self._claimed}
+        if twice := own.keys() & self.claims[player].keys():
+            raise ValueError(
+                f"The player '{player}' claims parameters of the names {sorted(twice)}, and its "
+                "program names others so. Claim them under other names: parameters="
+                "[(name, parameter), ...]."
+            )
+        return self.claims[player] | own
 
     def unnamed(
         self, player: str, utility: Tensor, named: Iterable[Parameters], sites: tuple[str, ...]

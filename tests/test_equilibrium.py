@@ -404,7 +404,7 @@ def test_repr_tells_the_schedule():
 
 def test_what_a_player_claims_is_its_own():
     """A network that both programs use belongs to the encoder, if it is told so."""
-    shared = nn.Linear(2, 2)
+    shared, more = nn.Linear(2, 2), nn.Linear(2, 2)
     bias = nn.Parameter(torch.zeros(2))
 
     def model(x):
@@ -417,14 +417,17 @@ def test_what_a_player_claims_is_its_own():
     def guide(x):
         pyro.module("shared", shared)
         with pyro.plate("rows", len(x)):
-            pyro.sample("z", dist.Normal(shared(x), 1.0).to_event(1))
+            pyro.sample(
+                "z", dist.Normal(shared(x) + pyro.module("more", more)(x), 1.0).to_event(1)
+            )
 
     own = {"encoder": shared}
     symeq = SymmetricEquilibrium(model, guide, SGD({"lr": 0.1}), parameters=own)
     symeq.step(torch.randn(5, 2))
     players = symeq.state_dict()["players"]
     assert players["decoder"]["parameters"].keys() == {"bias"}
-    assert players["encoder"]["parameters"].keys() == {"weight", "bias"}
+    encoder = {"weight", "bias", "more$$$weight", "more$$$bias"}
+    assert players["encoder"]["parameters"].keys() == encoder
     symeq.freeze("encoder")
     before = shared.weight.clone()
     symeq.step(torch.randn(5, 2))

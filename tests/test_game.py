@@ -910,3 +910,21 @@ def test_evaluating_keeps_running_averages():
     assert torch.equal(norm.running_mean, before)
     game.step(X)
     assert not torch.equal(norm.running_mean, before)
+
+
+def test_claimed_names_are_no_others():
+    net = nn.Linear(2, 2)
+
+    def program(x):
+        weight = pyro.param("weight", torch.tensor(1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(net(x) * weight, 1.0).to_event(1), obs=x)
+
+    game = Game([Player("a", program, SGD({"lr": 0.1}), fit("a"), net)])
+    with pytest.raises(ValueError, match=r"claims parameters of the names \['weight'\]"):
+        game.step(X)
+    named = [(f"net.{name}", leaf) for name, leaf in net.named_parameters()]
+    game = Game([Player("a", program, SGD({"lr": 0.1}), fit("a"), named)])
+    game.step(X)
+    own = {"weight", "net.weight", "net.bias"}
+    assert game.state_dict()["players"]["a"]["parameters"].keys() == own
