@@ -217,7 +217,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = argparse.ArgumentParser(description="Learns two moons, and samples in all ways.")
     options.add_argument("--steps", type=count, default=4000, help="how many (default: 4000)")
     options.add_argument("--rounds", type=count, default=100, help="of a chain (default: 100)")
-    options.add_argument("--device", type=device, default="cpu", help="where (default: cpu)")
+    options.add_argument(
+        "--device",
+        type=device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute (default: %(default)s)",
+    )
     options.add_argument(
         "--seed", type=int, default=0, help="of parameters and draws (default: 0)"
     )

@@ -24,6 +24,7 @@ from pyro_symeq import passes
 from pyro_symeq.batch import batches
 from pyro_symeq.binding import Call, Program, leaves, put
 from pyro_symeq.ownership import Owners, Parameters
+from pyro_symeq.rehearsal import tensors
 
 __all__ = ["Play"]
 
@@ -205,6 +206,8 @@ def _broadcast(player: str, name: str, fn: Any, value: Tensor) -> Tensor:
     Raises:
         ValueError: It does not fit.
     """
+    if value.dim() == 0:  # a number, which has no place of its own
+        value = value.to(next((x.device for x in tensors(fn)), value.device))
     try:
         value = value.expand(fn.shape())
     except RuntimeError as error:

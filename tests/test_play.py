@@ -451,9 +451,15 @@ def test_a_program_without_density_has_no_log_prob():
         play(p=program).log_prob("p", given={"z": torch.zeros(())})
 
 
-def test_numbers_may_be_given():
-    seen = play(p=plain).log_prob("p", ONES, given={"z": 1.0})
-    assert_equal(seen, play(p=plain).log_prob("p", ONES, given={"z": ONES}))
+def test_numbers_may_be_given(device):
+    def program(x):
+        with rows(x):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 2.0), obs=x)
+
+    x = ONES.to(device)
+    seen = play(p=program).log_prob("p", x, given={"z": 1.0})
+    assert_equal(seen, play(p=program).log_prob("p", x, given={"z": torch.ones_like(x)}))
 
 
 def test_a_play_remembers_what_was_not_finite():
