@@ -4,11 +4,18 @@ import argparse
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-__all__ = ["count", "device", "ended_cleanly", "parser"]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
+
+__all__ = ["begun", "count", "device", "ended_cleanly", "parser"]
 
 
 def parser(description: str, data: Iterable[str]) -> argparse.ArgumentParser:
@@ -55,6 +62,17 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return int(text)
+
+
+def begun(options: argparse.Namespace, settings: Settings) -> Settings:
+    """Makes the folder for results; returns the settings with as many steps as were asked for.
+
+    Args:
+        options: The options that every program has.
+        settings: A dataclass with a field ``steps``.
+    """
+    options.out.mkdir(parents=True, exist_ok=True)
+    return settings if options.steps is None else replace(settings, steps=options.steps)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ Run ``python examples/data_exchange.py --help`` for the options.
 
 import argparse
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cli import ended_cleanly, parser
+from cli import begun, ended_cleanly, parser
 
 with ended_cleanly("data_exchange.py"):
     from matplotlib.colors import to_rgb
@@ -393,10 +393,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Trains the models alone and then with exchange; reports and draws what they have learned."""
-    settings = SETTINGS[options.data]
-    if options.steps is not None:
-        settings = replace(settings, steps=options.steps)
-    options.out.mkdir(parents=True, exist_ok=True)
+    settings = begun(options, SETTINGS[options.data])
     images = load(options.data, options.data_root).to(options.device)
     pyro.clear_param_store()
     pyro.set_rng_seed(options.seed)

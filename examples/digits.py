@@ -22,7 +22,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from threading import Event
@@ -33,7 +33,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from cli import ended_cleanly, parser
+from cli import begun, ended_cleanly, parser
 
 with ended_cleanly("digits.py"):
     from tqdm import tqdm
@@ -306,10 +306,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Trains a pair, reports and draws what it has learned."""
-    settings = SETTINGS[options.data]
-    if options.steps is not None:
-        settings = replace(settings, steps=options.steps)
-    options.out.mkdir(parents=True, exist_ok=True)
+    settings = begun(options, SETTINGS[options.data])
     images = load(options.data, options.data_root).to(options.device)
     checkpoint = options.out / f"{options.data}.pt"
     training = Training(options.data, images, options.seed, settings, checkpoint)

@@ -33,7 +33,7 @@ import argparse
 import math
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cli import count, ended_cleanly, parser
+from cli import begun, count, ended_cleanly, parser
 
 with ended_cleanly("semi_supervised.py"):
     from tqdm import tqdm
@@ -434,10 +434,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Trains pairs, reports and draws what they have learned."""
-    settings = Settings()
-    if options.steps is not None:
-        settings = replace(settings, steps=options.steps)
-    options.out.mkdir(parents=True, exist_ok=True)
+    settings = begun(options, Settings())
     images = load(options.data, options.data_root).to(options.device)
     check_labels(options.labels, images)
     accuracies, seconds = [], []

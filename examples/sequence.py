@@ -36,7 +36,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from cli import count, ended_cleanly, parser
+from cli import begun, count, ended_cleanly, parser
 
 with ended_cleanly("sequence.py"):
     from data import DataError, load
@@ -319,10 +319,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Trains a chain and the same model without one, compares and draws them."""
-    settings = SETTINGS[options.data]
-    if options.steps is not None:
-        settings = replace(settings, steps=options.steps)
-    options.out.mkdir(parents=True, exist_ok=True)
+    settings = begun(options, SETTINGS[options.data])
     images = load(options.data, options.data_root).to(options.device)
     x = torch.cat([images.x, images.held_out_x]).unflatten(1, (images.side, images.side))
     data, held_out = Sequences.of(x).split(len(images.x))

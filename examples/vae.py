@@ -20,7 +20,7 @@ Run ``python examples/vae.py --help`` for the options.
 """
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from cli import count, ended_cleanly, parser
+from cli import begun, count, ended_cleanly, parser
 
 with ended_cleanly("vae.py"):
     from data import DataError, Images, load
@@ -203,10 +203,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Trains a pair, reports and draws what it has learned."""
-    settings = SETTINGS[options.data]
-    if options.steps is not None:
-        settings = replace(settings, steps=options.steps)
-    options.out.mkdir(parents=True, exist_ok=True)
+    settings = begun(options, SETTINGS[options.data])
     images = load(options.data, options.data_root).to(options.device)
     pyro.clear_param_store()
     pyro.set_rng_seed(options.seed)
