@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from tests.comparison import same
 from tests.processes import command, run_example
 
 
@@ -24,16 +25,6 @@ def succeed(*options):
 
 def load(folder, data="digits"):
     return torch.load(folder / f"{data}.pt", weights_only=True)
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.mark.slow

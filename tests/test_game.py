@@ -13,6 +13,7 @@ from pyro.optim import SGD, Adam, ClippedAdam, ExponentialLR
 from torch import nn
 
 from pyro_symeq import Batch, Game, GameLoss, Player, SymmetricEquilibrium
+from tests.comparison import same
 from tests.enumerable import Ladder
 from tests.test_equilibrium import clone, identical
 
@@ -567,16 +568,6 @@ def test_losses_pickle():
 
 def snapshot(game):
     return {key: value for key, value in game.state_dict().items() if key != "random"}
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 OPTIMS = {
