@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -74,18 +75,34 @@ def _kind(leaf: Any) -> Any:
     return leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf)
 
 
+def parameters(program: Program) -> list[inspect.Parameter]:
+    """What a program takes; of a module, what its ``forward`` does.
+
+    Raises:
+        TypeError: It is no function.
+        ValueError: It is one that doesn't tell.
+    """
+    function = program.forward if isinstance(program, torch.nn.Module) else program
+    return list(inspect.signature(function).parameters.values())
+
+
+def open_parameters(program: Program) -> list[inspect.Parameter]:
+    """What a program takes that ``functools.partial`` has not fixed by keyword."""
+    fixed = program.keywords if isinstance(program, partial) else {}
+    return [p for p in parameters(program) if p.name not in fixed]
+
+
 class Names:
     """Writes paths into ``(args, kwargs)`` as a user does: ``x``, ``batch.image``, ``args.1``."""
 
     def __init__(self, program: Program) -> None:
-        function = program.forward if isinstance(program, torch.nn.Module) else program
         try:
-            parameters = list(inspect.signature(function).parameters.values())
+            taken = parameters(program)
         except (TypeError, ValueError):
-            parameters = []
+            taken = []
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        self.positional = [p.name for p in parameters if p.kind in positional]
-        self.optional = [p.name for p in parameters if p.default is None]
+        self.positional = [p.name for p in taken if p.kind in positional]
+        self.optional = [p.name for p in taken if p.default is None]
 
     def __call__(self, path: Path) -> str:
         """Writes a path."""

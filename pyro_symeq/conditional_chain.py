@@ -95,19 +95,11 @@ class ConditionalChain(Chain):
             state = self.conditionals.prior_values(drawn) | state
         usable = {n: v for n, v in batch.items() if v.isfinite().all()}
         for others in ({}, usable, last_resort):
-            state = self._filled(others | state)
+            state = self.conditionals.filled(others | state, self.draw)
         if missing := [name for name in self.conditionals.variables if name not in state]:
             raise ValueError(
                 f"The chains can't start: {missing} are neither drawn by the prior nor given in "
                 "the batch, without NaN, and no program that draws them has all its arguments. "
                 "Draw them in the prior, or give them in the batch."
             )
-        return state
-
-    def _filled(self, state: State) -> State:
-        """Draws the blocks whose arguments are known, one after another."""
-        for block, sites in self.blocks.items():
-            is_ready = state.keys() >= set(self.conditionals.parents[block])
-            if is_ready and not state.keys() >= set(sites):
-                return self._filled(self.draw(block, state) | state)
         return state

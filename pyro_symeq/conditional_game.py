@@ -22,14 +22,13 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_symeq.checks import check_count
-from pyro_symeq.conditionals import Conditionals, block_name
+from pyro_symeq.conditionals import Conditionals, State, block_name
 from pyro_symeq.game import Game, Player, Updates, by_player
 from pyro_symeq.play import Play, refuse_reserved
 from pyro_symeq.weights import Weights, full_weights
 
 __all__ = ["conditional_game"]
 
-State = dict[str, Tensor]
 PRIOR = "prior"
 
 
@@ -125,29 +124,27 @@ class _Formulas:
         """The utility of a player for a batch."""
         given = self._given(args, data)
         if name == self.encoder:
-            return self._of_encoder(play, data, name in given)
+            return self._of_encoder(play, name, data, given)
         if name not in given:
             return torch.zeros(())
         return self._of_block(play, name, data, given)
 
     def _of_block(self, play: Play, b: str, data: State, given: list[str]) -> Tensor:
         state = self._completed(play, data, given)
-        terms = [torch.zeros(())]
+        terms = []
         for c in given:
             if c != self.encoder and (weight := self.weights[b][c]) > 0:
                 seen = state if c == b else state | self._draw(play, c, state)
                 terms.append(weight * self._log_prob(play, b, seen))
-        return sum(terms[1:], terms[0])
+        return sum(terms, torch.zeros(()))
 
-    def _of_encoder(self, play: Play, data: State, is_given: bool) -> Tensor:
-        assert self.encoder is not None
-        latents = self.conditionals.blocks[self.encoder]
+    def _of_encoder(self, play: Play, q: str, data: State, given: list[str]) -> Tensor:
+        latents = self.conditionals.blocks[q]
         observed = {name: value for name, value in data.items() if name not in latents}
         dream = self._rounds(play, self.data_blocks, self._start(play, observed))
-        u = self._log_prob(play, self.encoder, dream)
-        if is_given:
-            state = self._completed(play, data, self._given((), data))
-            u = u + self._log_prob(play, self.encoder, state)
+        u = self._log_prob(play, q, dream)
+        if q in given:
+            u = u + self._log_prob(play, q, self._completed(play, data, given))
         return u
 
     def _completed(self, play: Play, data: State, given: list[str]) -> State:
@@ -164,9 +161,7 @@ class _Formulas:
         state = dict(data)
         if self.conditionals.prior is not None:
             state = self._prior(play, data) | state
-        for name, sites in self.conditionals.blocks.items():
-            if not state.keys() >= {*sites} and state.keys() >= {*self.conditionals.parents[name]}:
-                state = self._draw(play, name, state) | state
+        state = self.conditionals.filled(state, partial(self._draw, play))
         if missing := [name for name in self.conditionals.variables if name not in state]:
             raise ValueError(
                 f"The Gibbs rounds can't start: neither the batch nor the prior tells {missing}, "

@@ -9,16 +9,14 @@ where the variables fall into blocks :math:`v_1, \dots, v_K`, and a program draw
 some of the others. They need not be those of one joint law.
 """
 
-import inspect
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from inspect import Parameter
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pyro_symeq.binding import Program
+from pyro_symeq.binding import Program, open_parameters
 
 __all__ = ["Conditionals"]
 
@@ -83,13 +81,14 @@ class Conditionals:
                 raise ValueError(
                     f"Several blocks draw the site '{name}': {list(self.blocks)}. Let one draw it."
                 )
-        self._signatures = {
-            block: _Signature(f"program of block '{block}'", program, self.variables, sites)
-            for (block, sites), program in zip(
-                self.blocks.items(), self.programs.values(), strict=True
+        self.parents = {
+            block: tuple(
+                _Signature(
+                    f"program of block '{block}'", program, self.variables, self.blocks[block]
+                ).takes
             )
+            for block, program in self.programs.items()
         }
-        self.parents = {block: tuple(known.takes) for block, known in self._signatures.items()}
         self._prior = None if prior is None else _Signature("prior", prior, self.variables, ())
 
     def __repr__(self) -> str:
@@ -132,6 +131,22 @@ class Conditionals:
         if missing := [name for name, needed in takes.items() if needed and name not in state]:
             raise ValueError(f"The prior takes {missing}. Give them in the batch: Batch(...).")
         return {name: state[name] for name in takes if name in state}
+
+    def filled(self, state: State, draw: Callable[[str, State], State]) -> State:
+        """Draws the blocks that lack values and whose parents have some, one after another.
+
+        Args:
+            state: Values of some variables.
+            draw: Draws a block given a state.
+
+        Returns:
+            The state, with the values that could be drawn.
+        """
+        for block, sites in self.blocks.items():
+            is_ready = state.keys() >= {*self.parents[block]}
+            if is_ready and not state.keys() >= {*sites}:
+                return self.filled(draw(block, state) | state, draw)
+        return state
 
     def values(self, block: str, drawn: State) -> State:
         """Checks what the program of a block has drawn.
@@ -198,18 +213,15 @@ def _uncovered(what: str, name: str, own: Iterable[str]) -> ValueError:
     )
 
 
-def _parameters(what: str, program: Any) -> list[inspect.Parameter]:
+def _parameters(what: str, program: Any) -> list[Parameter]:
     """The parameters of a program that are not fixed."""
-    function = program.forward if isinstance(program, torch.nn.Module) else program
     try:
-        parameters = inspect.signature(function).parameters.values()
+        return open_parameters(program)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"Expected the {what} to be a function whose parameters are named like variables, got "
             f"{type(program).__name__}: {error}"
         ) from error
-    fixed = program.keywords if isinstance(program, partial) else {}
-    return [p for p in parameters if p.name not in fixed]
 
 
 def block_name(key: str | tuple[str, ...]) -> str:

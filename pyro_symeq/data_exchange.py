@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from pyro.optim import PyroOptim
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_symeq import passes
-from pyro_symeq.binding import Program, equal
+from pyro_symeq.binding import Program, equal, open_parameters
 from pyro_symeq.draws import Draws
 from pyro_symeq.game import Game, Player, Updates, by_player
 from pyro_symeq.pair import Pair
@@ -241,15 +241,11 @@ def _members(models: Any) -> dict[str, _Member]:
 
 def _keywords(program: Program) -> dict[str, bool] | None:
     """What a program takes by keyword, and whether it needs it; ``None`` if it takes all."""
-    function = program.forward if isinstance(program, nn.Module) else program
-    parameters = inspect.signature(function).parameters.values()
+    parameters = open_parameters(program)
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    fixed = program.keywords if isinstance(program, partial) else {}
-    return {
-        p.name: p.default is p.empty for p in parameters if p.kind in named and p.name not in fixed
-    }
+    return {p.name: p.default is p.empty for p in parameters if p.kind in named}
 
 
 def _needed(arguments: Mapping[str, bool]) -> set[str]:

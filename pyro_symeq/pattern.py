@@ -271,8 +271,8 @@ class Pattern:
             raise ValueError(NEVER_SAMPLES.format(sites=forgotten))
         extra = [
             name
-            for name, site in sampled.items()
-            if not (name in dream or site["is_observed"] or site["infer"].get("is_auxiliary"))
+            for name, site in passes.counted_sites(trace)
+            if not (name in dream or site["is_observed"])
         ]
         if extra:
             raise ValueError(

@@ -79,8 +79,8 @@ class SymmetricUtility(ELBO):
         num_particles: The number of draws whose utilities are averaged, in both passes.
         vectorize_particles: Whether the guide completes data, and the model is scored, for all
             particles and proposals in one run, along outermost plates. This needs programs that
-            broadcast, as it does with Pyro's ELBOs. Dreams come one after another, because guides read the size
-            of a batch off their arguments.
+            broadcast, as it does with Pyro's ELBOs. Dreams come one after another, because guides
+            read the size of a batch off their arguments.
         max_plate_nesting: The number of batch dimensions that plates take up, for vectorised
             particles; if left out, the first run of the model tells.
         num_proposals: Of how many draws of the guide a completion is chosen, row by row with
