@@ -60,7 +60,9 @@ def conditional_game(
         updates: See :class:`Game`.
 
     Raises:
-        ValueError: There is no such block, or the encoder has no prior.
+        TypeError: ``optim`` is no optimiser.
+        ValueError: There is no such block, the encoder has no prior, or ``optim`` or ``weights``
+            have other names.
 
     References:
         Symmetric Equilibrium Learning of VAEs (Flach, Schlesinger, Shekhovtsov, 2024), eqs. 17, 28

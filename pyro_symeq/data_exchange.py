@@ -63,7 +63,8 @@ def data_exchange_game(
         updates: See :class:`Game`.
 
     Raises:
-        ValueError: Weights have other names, or don't sum to 1.
+        TypeError: ``models`` are no programs, or ``optim`` is no optimiser.
+        ValueError: ``optim`` or ``weights`` have other names, or weights don't sum to 1.
 
     References:
         Game-theoretic distributed learning of generative models for heterogeneous data collections

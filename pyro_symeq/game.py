@@ -138,9 +138,9 @@ class Game:
             ``[("a", "b"), "c"]`` lets a and b move at once and c after them.
 
     Raises:
-        TypeError: ``players`` are no players.
-        ValueError: Two players have one name or claim one parameter, nobody has a utility, or
-            ``updates`` names others.
+        TypeError: ``players`` are no players, or claim what are no named parameters.
+        ValueError: Two players have one name or claim one parameter, one claims what can't be
+            trained, nobody has a utility, or ``updates`` names others.
 
     References:
         Symmetric Equilibrium Learning of VAEs (Flach, Schlesinger, Shekhovtsov, 2024), section 3
@@ -241,8 +241,8 @@ class Game:
         Raises:
             TypeError: A utility returns no tensor.
             ValueError: A player can't learn from this batch, a utility returns no scalar or is not
-                finite, or all players are frozen. Nothing has moved then; with Pyro's validation
-                off, players that came before may have.
+                finite, all players are frozen, or inference mode is on. Nothing has moved then;
+                with Pyro's validation off, players that came before may have.
         """
         if torch.is_inference_mode_enabled():
             raise ValueError("Nothing can be learned within torch.inference_mode(). Leave it.")

@@ -85,6 +85,7 @@ class Play:
             (``infer={"is_auxiliary": True}``); and the rows of subsampled plates by plate name.
 
         Raises:
+            TypeError: A value is no tensor or number.
             ValueError: There is no such player or site, or a value does not fit its site.
         """
         values = _tensors(given)
@@ -115,6 +116,7 @@ class Play:
             A scalar, summed over the batch, scaled and masked as Pyro does (nats).
 
         Raises:
+            TypeError: A value is no tensor or number.
             ValueError: There is no such player or site, a site has no value, or a value does not
                 fit its site.
         """
