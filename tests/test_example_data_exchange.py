@@ -1,6 +1,7 @@
 """The example of models that exchange dreams: its report, the shares it expects, its messages."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_expected_shares_are_a_fixed_point(example, alpha):
 
 def test_each_model_is_given_its_own_digits_alone(example, monkeypatch):
     images = example.load("digits", Path("unused"))
-    settings = example.replace(example.SETTINGS["digits"], steps=1)
+    settings = replace(example.SETTINGS["digits"], steps=1)
     given = {}
 
     class Game:

@@ -1,5 +1,6 @@
 """The semi-supervised example: its programs, its choice of labels, its messages."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_nothing_is_learned_about_hidden_classes(example, images):
         known = example.Training(images, 30, 0, example.Settings(steps=1)).is_labelled
         y = torch.where(known[:, None], images.y, images.y.roll(order, 1))
         training = example.Training(images, 30, 0, example.Settings(steps=3, encoder_warmup=1))
-        training.images = example.replace(images, y=y)
+        training.images = replace(images, y=y)
         training.run()
         sums.append([p.sum().item() for p in training.vae.parameters()])
     assert sums[0] == sums[1]
