@@ -16,7 +16,6 @@ from typing import Literal
 
 import pyro
 import torch
-from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from pyro_symeq.checks import check_count
 from pyro_symeq.clamps import Values, clamps
 from pyro_symeq.conditionals import State
 from pyro_symeq.passes import Observation, Observations
+from pyro_symeq.record import Record, Site
 from pyro_symeq.rehearsal import aside, tensors
 from pyro_symeq.rows import Rows, Variable
 
@@ -136,7 +136,7 @@ class Chain(ABC):
         return 1 if self.rows is None else self.copies * self.rows.size
 
     @abstractmethod
-    def traces(self, state: State) -> Iterator[Trace]:
+    def traces(self, state: State) -> Iterator[Record]:
         """Runs each program at the values of a state."""
 
     def prepare(self, copies: int, given: Values, mask: Values) -> None:
@@ -196,7 +196,7 @@ class Chain(ABC):
         return {
             (i, name): site["fn"].log_prob(state[name])
             for i, trace in enumerate(self.traces(state))
-            for name, site in passes.sample_sites(trace)
+            for name, site in trace.variables.items()
             if name in self.variables and not passes.is_implicit(site)
         }
 
@@ -312,19 +312,19 @@ class _find_nan(Messenger):  # noqa: N801
         super().__init__()
         self.name: str | None = None
 
-    def _pyro_sample(self, msg: passes.Site) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         if self.name is None and any(x.isnan().any() for x in tensors(msg["fn"])):
             self.name = msg["name"]
 
 
-def refuse_parts(*traces: Trace) -> None:
+def refuse_parts(*traces: Record) -> None:
     """Checks that the programs draw whole batches and whole sites.
 
     Raises:
         ValueError: A plate leaves out rows, or a site is split.
     """
     for trace in traces:
-        if split := list(passes.split_sites(trace)):
+        if split := list(trace.split):
             raise ValueError(
                 f"The sites {split} are split by obs_mask=. Observe whole values, and tell which "
                 "elements are known by mask=."

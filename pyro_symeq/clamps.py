@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_symeq import passes
-from pyro_symeq.passes import Observation, Observations, Site
+from pyro_symeq.passes import Observation, Observations
+from pyro_symeq.record import Site
 from pyro_symeq.rows import Variable
 
 Values = Mapping[str, Any]  # tensors, or numbers that become tensors

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from pyro.poutine import Trace
 
 from pyro_symeq import passes
 from pyro_symeq.binding import Program
 from pyro_symeq.chain import Around, Chain, Start, refuse_parts, unhandled
 from pyro_symeq.clamps import Values, overlay
 from pyro_symeq.conditionals import Conditionals, State
+from pyro_symeq.record import Record
 from pyro_symeq.rehearsal import aside
 from pyro_symeq.rows import shared_rows, variable
 
@@ -55,7 +55,7 @@ class ConditionalChain(Chain):
     def copy_arguments(self, copies: int, with_others: bool) -> None:  # noqa: D102
         pass  # programs see values, whose rows are copied
 
-    def traces(self, state: State) -> Iterator[Trace]:  # noqa: D102
+    def traces(self, state: State) -> Iterator[Record]:  # noqa: D102
         return (self._trace(block, state) for block in self.blocks)
 
     def start(self, start: Start) -> State:  # noqa: D102
@@ -66,11 +66,11 @@ class ConditionalChain(Chain):
     def draw(self, block: str, state: State, around: Around = unhandled) -> State:  # noqa: D102
         return self.conditionals.values(block, passes.drawn(self._trace(block, state, around)))
 
-    def _trace(self, block: str, state: State, around: Around = unhandled) -> Trace:
+    def _trace(self, block: str, state: State, around: Around = unhandled) -> Record:
         program, arguments = self.conditionals.programs[block], self.conditionals.arguments
         return self._run(program, arguments(block, state), around)
 
-    def _run(self, program: Program, arguments: State, around: Around = unhandled) -> Trace:
+    def _run(self, program: Program, arguments: State, around: Around = unhandled) -> Record:
         with overlay(self.known):
             return passes.fill_in(around(program), ((), dict(arguments)), {})
 

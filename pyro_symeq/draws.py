@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import pyro
-from pyro.poutine import Trace
 
 from pyro_symeq import passes
 from pyro_symeq.binding import Program
+from pyro_symeq.record import Record
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Draws:
     max_plate_nesting: int | None
     _nesting: int = 0
 
-    def note(self, trace: Trace) -> None:
+    def note(self, trace: Record) -> None:
         """Takes note of the plates of a run of the model."""
         self._nesting = max(self._nesting, passes.plate_nesting(trace))
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_symeq import passes
@@ -14,6 +13,7 @@ from pyro_symeq.passes import Observations, Run
 from pyro_symeq.pattern import Pattern
 from pyro_symeq.play import Masks, Play, Scored
 from pyro_symeq.proposals import Proposals, choose
+from pyro_symeq.record import UNOBSERVED, Record
 from pyro_symeq.rehearsal import Bind, aside, buffers_kept, rehearse
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ class Pair:
         """
         return self._mean(self._encoder, play, (args, kwargs), self.draws.num_particles)
 
-    def wake(self, play: Play, call: Call) -> tuple[Trace, Trace]:
+    def wake(self, play: Play, call: Call) -> tuple[Record, Record]:
         """Traces the guide at the data, without a graph, and the model at them so completed."""
         completion, run = self._fitting(lambda _, *at: self._wake(*at), play, call)
         return completion, run.trace
@@ -148,8 +148,8 @@ class Pair:
             scored.append(Scored(at_data, *_given_sites(at_data, given)))
         return play.score(self.players[1], *scored)
 
-    def _wake(self, pattern: Pattern, call: Call) -> tuple[Trace, Run]:
-        completion, values = Trace(), dict[str, Tensor]()
+    def _wake(self, pattern: Pattern, call: Call) -> tuple[Record, Run]:
+        completion, values = Record(), dict[str, Tensor]()
         if not pattern.lacks_data:
             try:
                 with torch.no_grad():
@@ -163,7 +163,7 @@ class Pair:
         pattern.check_completed(trace, completion)
         return completion, run
 
-    def _complete(self, pattern: Pattern, call: Call) -> tuple[Trace, dict[str, Tensor]]:
+    def _complete(self, pattern: Pattern, call: Call) -> tuple[Record, dict[str, Tensor]]:
         """A run of the guide at the data, and the values for the model's latents."""
         given, rows = self._given(pattern, call)
         proposals: list[Proposals] = []
@@ -177,7 +177,7 @@ class Pair:
         return completion, choose(proposals)
 
     def _proposals(
-        self, pattern: Pattern, call: Call, given: Observations, completion: Trace
+        self, pattern: Pattern, call: Call, given: Observations, completion: Record
     ) -> Proposals:
         trace = passes.replay(self.draws.in_proposals(self.model), call, passes.values(completion))
         run = Run(trace, passes.observations(trace))
@@ -220,7 +220,7 @@ def _scored(pattern: Pattern, run: Run) -> Scored:
     """Where the model is scored."""
     names = [
         name
-        for name, site in passes.sample_sites(run.trace)
+        for name, site in run.trace.variables.items()
         if name not in pattern.missing and not passes.is_implicit(site)
     ]
     masks = {
@@ -234,13 +234,13 @@ def _scored(pattern: Pattern, run: Run) -> Scored:
 def _unobserved(pattern: Pattern, run: Run) -> Masks:
     """Where the sites count at which the guide samples the other part of what is observed."""
     masks = {name: run.observed[name].mask for name in pattern.filled & run.observed.keys()}
-    return {name + passes.UNOBSERVED: ~mask for name, mask in masks.items() if mask is not None}
+    return {name + UNOBSERVED: ~mask for name, mask in masks.items() if mask is not None}
 
 
-def _given_sites(trace: Trace, given: Observations) -> tuple[list[str], Masks]:
+def _given_sites(trace: Record, given: Observations) -> tuple[list[str], Masks]:
     """Where a run of the guide was given values, and where those count."""
-    names, masks, split = [], {}, passes.split_sites(trace)
-    for name, site in passes.sample_sites(trace):
+    names, masks, split = [], {}, trace.split
+    for name, site in trace.variables.items():
         if name in given:
             names.append(name)
             masks[name] = given[name].mask
@@ -250,16 +250,18 @@ def _given_sites(trace: Trace, given: Observations) -> tuple[list[str], Masks]:
     return names, {name: mask for name, mask in masks.items() if mask is not None}
 
 
-def _drawn_sites(trace: Trace, model_trace: Trace, given: Observations) -> tuple[list[str], Masks]:
+def _drawn_sites(
+    trace: Record, model_trace: Record, given: Observations
+) -> tuple[list[str], Masks]:
     """Where a run of the guide has drawn values for the model."""
     names, masks = _given_sites(trace, given)
-    sites = [name for name, _ in passes.sample_sites(trace) if name in model_trace]
+    sites = [name for name in trace.variables if name in model_trace]
     drawn = [name for name in sites if name not in names or name in masks]
     return drawn, {name: ~masks[name] for name in drawn if name in masks}
 
 
-def _refuse_weights_without_density(trace: Trace) -> None:
-    for name, site in passes.sample_sites(trace):
+def _refuse_weights_without_density(trace: Record) -> None:
+    for name, site in trace.variables.items():
         if passes.is_implicit(site):
             raise ValueError(
                 f"Proposals are chosen by their weights p(x, z) / q(z | x), but the model's site "

@@ -3,7 +3,6 @@ r"""Chains that alternate :math:`x \sim p(x \mid z)` and :math:`z \sim q(z \mid 
 from collections.abc import Iterable, Iterator
 
 import torch
-from pyro.poutine import Trace
 
 from pyro_symeq import passes
 from pyro_symeq.binding import Call, Program
@@ -11,6 +10,7 @@ from pyro_symeq.chain import Around, Chain, Start, refuse_parts, unhandled
 from pyro_symeq.clamps import overlay
 from pyro_symeq.conditionals import State
 from pyro_symeq.passes import Observation, Observations, Run
+from pyro_symeq.record import Record
 from pyro_symeq.rehearsal import Bind, aside, rehearse
 from pyro_symeq.rows import copied_call, shaped, shared_rows, variable
 
@@ -41,7 +41,7 @@ class PairChain(Chain):
             guided = passes.fill_in(guide, self.pattern.hand_over(dream, call), {})
         refuse_parts(guided)
         rows = shared_rows([dream.trace, guided])
-        sites = dict(passes.sample_sites(dream.trace))
+        sites = dream.trace.variables
         data = tuple(name for name in sites if name not in guided)
         latents = tuple(name for name in sites if name in guided)
         variables = {name: variable(site, rows) for name, site in sites.items()}
@@ -59,7 +59,7 @@ class PairChain(Chain):
             self._batch, self.rows, self._observed, self.variables, copies, with_others
         )
 
-    def traces(self, state: State) -> Iterator[Trace]:  # noqa: D102
+    def traces(self, state: State) -> Iterator[Record]:  # noqa: D102
         everything = {name: Observation(value) for name, value in state.items()}
         run = self._dream(None, everything)
         yield run.trace
@@ -89,14 +89,14 @@ class PairChain(Chain):
         return self._values(self._latents, self.blocks["latents"])
 
     def _dream(
-        self, latents: Trace | None, known: Observations, around: Around = unhandled
+        self, latents: Record | None, known: Observations, around: Around = unhandled
     ) -> Run:
         with overlay(known):
             return passes.dream(
                 around(self.model), self.call, latents, followed=self.pattern.is_followed
             )
 
-    def _values(self, trace: Trace, names: Iterable[str]) -> State:
+    def _values(self, trace: Record, names: Iterable[str]) -> State:
         drawn = passes.drawn(trace)
         if passes.unobserved(trace, self.variables) or not drawn.keys() >= {*names}:
             raise ValueError(

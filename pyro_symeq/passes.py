@@ -22,12 +22,9 @@ from functools import reduce
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.distributions import Delta, Independent, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine import Trace
 from pyro.poutine.mask_messenger import MaskMessenger
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
@@ -35,11 +32,17 @@ from torch import Tensor
 from pyro_symeq.binding import Call, Program
 from pyro_symeq.distributions import Implicit
 from pyro_symeq.provenance import UNKNOWN, Origin, follow
+from pyro_symeq.record import (
+    OBSERVED,
+    UNOBSERVED,
+    Record,
+    Site,
+    base,
+    is_computed,
+    run,
+)
 
-Site = Any  # pyro.poutine.runtime.Message, whose keys depend on its type
 Accept = Callable[[str, Any, Tensor], Tensor]  # of a name, a distribution and a value
-
-OBSERVED, UNOBSERVED, OBS_MASK = "_observed", "_unobserved", "_obs_mask"
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Run:
         observed: What it was given to observe.
     """
 
-    trace: Trace
+    trace: Record
     observed: Observations
 
 
@@ -97,14 +100,13 @@ class Term:
     mask: Tensor | bool | None
 
 
-class complete(Messenger):  # noqa: N801
+class complete:  # noqa: N801
     """Gives each unobserved site the value at hand, or else a draw, and lets no graph through."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
         self.values = values
 
-    def _pyro_sample(self, msg: Site) -> None:
+    def __call__(self, msg: Site) -> None:  # noqa: D102
         if msg["value"] is None:
             name = msg["name"]
             value = self.values.get(name, self.values.get(name.removesuffix(UNOBSERVED)))
@@ -112,14 +114,13 @@ class complete(Messenger):  # noqa: N801
             msg["done"] = True
 
 
-class clamp(Messenger):  # noqa: N801
+class clamp:  # noqa: N801
     """Gives sites the values that were observed, in the shape of the site's distribution."""
 
     def __init__(self, given: Mapping[str, Observation]) -> None:
-        super().__init__()
         self.given = given
 
-    def _pyro_sample(self, msg: Site) -> None:
+    def __call__(self, msg: Site) -> None:  # noqa: D102
         given = self.given.get(msg["name"])
         if msg["value"] is None and given is not None:
             value = given.value if given.mask is None else given.over(_draw(msg))
@@ -127,18 +128,17 @@ class clamp(Messenger):  # noqa: N801
             msg["done"] = True
 
 
-class imagine(Messenger):  # noqa: N801
+class imagine:  # noqa: N801
     """Draws the observed sites too, and keeps in ``observed`` what was given for them.
 
     Factors and deterministic sites are no data and stay as they are.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.observed: dict[str, Tensor] = {}
 
-    def _pyro_sample(self, msg: Site) -> None:
-        if msg["is_observed"] and not _is_computed(msg):
+    def __call__(self, msg: Site) -> None:  # noqa: D102
+        if msg["is_observed"] and not is_computed(msg):
             self.observed[msg["name"]] = torch.as_tensor(msg["value"])
             msg.update(is_observed=False, done=False, value=None)
         if msg["value"] is None:
@@ -146,7 +146,7 @@ class imagine(Messenger):  # noqa: N801
             msg["done"] = True
 
 
-class fix(Messenger):  # noqa: N801
+class fix:  # noqa: N801
     """Gives sites their values, also where the program observes others.
 
     A split site is given both of its parts, and a plate the rows that it is to choose.
@@ -160,12 +160,11 @@ class fix(Messenger):  # noqa: N801
     """
 
     def __init__(self, values: Mapping[str, Tensor], accept: Accept) -> None:
-        super().__init__()
         self.values = values
         self.accept = accept
         self.choosing: set[str] = set()
 
-    def _pyro_sample(self, msg: Site) -> None:
+    def __call__(self, msg: Site) -> None:  # noqa: D102
         name = msg["name"]
         if site_is_subsample(msg) and msg["value"] is None and name not in self.values:
             self.choosing.add(name)
@@ -178,27 +177,7 @@ class fix(Messenger):  # noqa: N801
             msg.update(value=value, is_observed=False, done=True)
 
 
-class note_obs_mask(Messenger):  # noqa: N801
-    """Keeps the ``obs_mask=`` of a split site, to which other masks are added later."""
-
-    def _pyro_sample(self, msg: Site) -> None:
-        nearest = _PYRO_STACK[-1]
-        if msg["name"].endswith(OBSERVED) and isinstance(nearest, MaskMessenger):
-            msg["infer"] = {**(msg["infer"] or {}), OBS_MASK: nearest.mask}
-
-
-def run(program: Program, call: Call, *handlers: Messenger) -> Trace:
-    """Runs a program under handlers, the last of them nearest to it, and returns the trace."""
-    args, kwargs = call
-    traced = poutine.trace(program)
-    handled: Program = traced
-    for handler in reversed([note_obs_mask(), *handlers]):
-        handled = handler(handled)
-    handled(*args, **kwargs)
-    return traced.trace
-
-
-def dream(model: Program, call: Call, like: Trace | None = None, followed: bool = False) -> Run:
+def dream(model: Program, call: Call, like: Record | None = None, followed: bool = False) -> Run:
     """Runs the model without a graph, with its observations drawn instead of given.
 
     Args:
@@ -210,7 +189,7 @@ def dream(model: Program, call: Call, like: Trace | None = None, followed: bool 
     imagination, follower = imagine(), follow(call) if followed else None
     latents = {} if like is None else values(like)
     with torch.no_grad(), follower or nullcontext():
-        trace = run(model, call, imagination, complete(latents))
+        trace = run(model, call, complete(latents), imagination)
     observed = _observations(trace, imagination.observed)
     if follower is not None:
         observed = {
@@ -224,7 +203,7 @@ def fill_in(
     call: Call,
     given: Mapping[str, Observation],
     rows: Mapping[str, Tensor] | None = None,
-) -> Trace:
+) -> Record:
     """Runs a program with drawn values at its unobserved sites, except where they are given.
 
     Args:
@@ -233,60 +212,54 @@ def fill_in(
         given: What was observed of some of its sites.
         rows: The subsamples of plates that are not to be drawn.
     """
-    return run(program, call, complete(rows or {}), clamp(given))
+    return run(program, call, clamp(given), complete(rows or {}))
 
 
-def sample(program: Program, call: Call, given: fix) -> Trace:
+def sample(program: Program, call: Call, given: fix) -> Record:
     """Runs a program and draws all its random variables, observed ones too, but those given."""
-    return run(program, call, imagine(), given)
+    return run(program, call, given, imagine())
 
 
-def observe(program: Program, call: Call, given: fix) -> Trace:
+def observe(program: Program, call: Call, given: fix) -> Record:
     """Runs a program on what it observes and what is given; what else it samples is drawn."""
-    return run(program, call, complete({}), given)
+    return run(program, call, given, complete({}))
 
 
-def replay(program: Program, call: Call, values: Mapping[str, Tensor]) -> Trace:
+def replay(program: Program, call: Call, values: Mapping[str, Tensor]) -> Record:
     """Runs a program on the values that a trace of the other program holds."""
     return run(program, call, complete(values))
 
 
-def value(trace: Trace, name: str) -> Tensor:
+def value(trace: Record, name: str) -> Tensor:
     """The value of a site."""
     site: Site = trace.nodes[name]
     return site["value"]
 
 
-def values(trace: Trace) -> dict[str, Tensor]:
+def values(trace: Record) -> dict[str, Tensor]:
     """The values of the sample sites of a trace, by name."""
-    found = {
-        name: value(trace, name) for name, site in trace.nodes.items() if site["type"] == "sample"
-    }
-    return found | {name + UNOBSERVED: found[name] for name in split_sites(trace)}
+    found = {n: site["value"] for n, site in trace.nodes.items() if site["type"] == "sample"}
+    return found | {name + UNOBSERVED: found[name] for name in trace.split}
 
 
-def subsamples(trace: Trace) -> dict[str, Tensor]:
+def subsamples(trace: Record) -> dict[str, Tensor]:
     """The rows that plates have chosen, by the name of the plate."""
-    return {
-        name: value(trace, name)
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and site_is_subsample(site)
-    }
+    return {name: site["value"] for name, site in trace.subsamples.items()}
 
 
-def chosen_rows(trace: Trace) -> dict[str, Tensor]:
+def chosen_rows(trace: Record) -> dict[str, Tensor]:
     """The rows that plates have chosen out of more, by the name of the plate."""
     return {
-        name: index
-        for name, index in subsamples(trace).items()
-        if len(index) < _site(trace, name)["fn"].size
+        name: site["value"]
+        for name, site in trace.subsamples.items()
+        if len(site["value"]) < site["fn"].size
     }
 
 
-def left_out(trace: Trace) -> Iterator[tuple[Tensor, int]]:
+def left_out(trace: Record) -> Iterator[tuple[Tensor, int]]:
     """The rows that subsampled plates have chosen, and out of how many."""
     for name, index in chosen_rows(trace).items():
-        yield index, _site(trace, name)["fn"].size
+        yield index, trace.subsamples[name]["fn"].size
 
 
 def subsampled_plates(site: Site) -> set[str]:
@@ -295,45 +268,19 @@ def subsampled_plates(site: Site) -> set[str]:
     return {f.name for f in frames if f.full_size is not None and f.size < f.full_size}
 
 
-def split_sites(trace: Trace) -> dict[str, Tensor]:
-    """The random variables that are split by ``obs_mask=``, with their masks."""
-    masks = {}
-    for part in trace.nodes:
-        if part.endswith(OBSERVED):
-            name, site = part.removesuffix(OBSERVED), _site(trace, part)
-            if OBS_MASK in site["infer"] and name in trace and name + UNOBSERVED in trace:
-                masks[name] = site["infer"][OBS_MASK]
-    return masks
-
-
-def sample_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
-    """The random variables of a trace: no plates, factors or deterministic sites.
-
-    The site of one that is split is its observed part.
-    """
-    split = split_sites(trace)
-    parts = {name + part for name in split for part in (OBSERVED, UNOBSERVED)}
-    for name, site in trace.nodes.items():
-        if name in split:
-            yield name, trace.nodes[name + OBSERVED]
-        elif site["type"] == "sample" and name not in parts:
-            if not (site_is_subsample(site) or _is_computed(site)):
-                yield name, site
-
-
-def counted_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
+def counted_sites(trace: Record) -> Iterator[tuple[str, Site]]:
     """The random variables of a trace, without those that are only a means to draw others."""
-    for name, site in sample_sites(trace):
+    for name, site in trace.variables.items():
         if not (site["infer"] or {}).get("is_auxiliary"):
             yield name, site
 
 
-def drawn(trace: Trace) -> dict[str, Tensor]:
+def drawn(trace: Record) -> dict[str, Tensor]:
     """The values of the random variables that count, by name."""
     return {name: value(trace, name) for name, _ in counted_sites(trace)}
 
 
-def factors(trace: Trace) -> list[str]:
+def factors(trace: Record) -> list[str]:
     """The names of the ``pyro.factor`` statements of a trace."""
     return [
         name
@@ -342,7 +289,7 @@ def factors(trace: Trace) -> list[str]:
     ]
 
 
-def observations(trace: Trace) -> Observations:
+def observations(trace: Record) -> Observations:
     """What a program observed of its random variables, by name."""
     return _observations(
         trace,
@@ -350,18 +297,18 @@ def observations(trace: Trace) -> Observations:
     )
 
 
-def _observations(trace: Trace, observed: Mapping[str, Tensor]) -> Observations:
-    split = split_sites(trace)
+def _observations(trace: Record, observed: Mapping[str, Tensor]) -> Observations:
+    split = trace.split
     return {
         name: Observation(observed[part], split.get(name), site["fn"].event_dim)
-        for name, site in sample_sites(trace)
+        for name, site in trace.variables.items()
         if (part := site["name"]) in observed
     }
 
 
-def unobserved(trace: Trace, given: Iterable[str]) -> list[str]:
+def unobserved(trace: Record, given: Iterable[str]) -> list[str]:
     """The random variables that were drawn, all or in part: neither observed nor given."""
-    split, known = split_sites(trace), set(given)
+    split, known = trace.split, set(given)
     return [
         name
         for name, site in counted_sites(trace)
@@ -369,33 +316,19 @@ def unobserved(trace: Trace, given: Iterable[str]) -> list[str]:
     ]
 
 
-def plate_nesting(trace: Trace) -> int:
+def plate_nesting(trace: Record) -> int:
     """The number of batch dimensions that plates take up."""
     frames = (f for site in trace.nodes.values() for f in site.get("cond_indep_stack", ()))
     return max((-frame.dim for frame in frames if frame.dim is not None), default=0)
 
 
-def scored(trace: Trace, dream: Trace) -> list[str]:
+def scored(trace: Record, dream: Record) -> list[str]:
     """The variables at which a guide is scored: those of a dream, and what the guide observes."""
-    return [name for name, site in sample_sites(trace) if name in dream or site["is_observed"]]
-
-
-def parameters(trace: Trace) -> dict[str, Tensor]:
-    """The unconstrained parameters that a program touched, by the name of their statement."""
-    return {
-        name: unconstrained(value(trace, name))
-        for name, site in trace.nodes.items()
-        if site["type"] == "param"
-    }
-
-
-def unconstrained(value: Tensor) -> Tensor:
-    """The leaf behind the value of a parameter statement; a module's parameter is its own."""
-    return value.unconstrained() if hasattr(value, "unconstrained") else value
+    return [name for name, site in trace.variables.items() if name in dream or site["is_observed"]]
 
 
 def log_probs(
-    trace: Trace, names: Iterable[str], masks: Mapping[str, Tensor] | None = None
+    trace: Record, names: Iterable[str], masks: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Sums log-probabilities (nats), scaled and masked as in Pyro's ELBO.
 
@@ -410,9 +343,9 @@ def log_probs(
     }
 
 
-def terms(trace: Trace, names: Iterable[str], masks: Mapping[str, Tensor]) -> Iterator[Term]:
+def terms(trace: Record, names: Iterable[str], masks: Mapping[str, Tensor]) -> Iterator[Term]:
     """The log-probabilities at random variables and factors, see :func:`log_probs`."""
-    split = split_sites(trace)
+    split = trace.split
     for name in names:
         for part in [name + OBSERVED, name + UNOBSERVED] if name in split else [name]:
             site: Site = trace.nodes[part]
@@ -447,34 +380,12 @@ def in_support(fn: Any, value: Tensor) -> bool:
 
 def is_implicit(site: Site) -> bool:
     """Whether the distribution of a site, under its wrappers, has no density."""
-    return isinstance(_base(site["fn"]), Implicit)
+    return isinstance(base(site["fn"]), Implicit)
 
 
 def is_point(site: Site) -> bool:
     """Whether the distribution of a site has all its mass at a point."""
-    return isinstance(_base(site["fn"]), Delta)
-
-
-def _site(trace: Trace, name: str) -> Site:
-    return trace.nodes[name]
-
-
-def _is_computed(site: Site) -> bool:
-    return site_is_factor(site) or _is_deterministic(site)
-
-
-def _is_deterministic(site: Site) -> bool:
-    """Whether a site is a ``pyro.deterministic`` or what ``poutine.reparam`` puts for a variable."""
-    fn = site.get("fn")
-    return (
-        isinstance(fn, MaskedDistribution) and fn._mask is False and isinstance(_base(fn), Delta)
-    )
-
-
-def _base(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
+    return isinstance(base(site["fn"]), Delta)
 
 
 def _shaped(value: Tensor, shape: torch.Size) -> Tensor:

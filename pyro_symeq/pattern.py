@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_symeq import passes
@@ -24,6 +23,7 @@ from pyro_symeq.binding import (
 )
 from pyro_symeq.passes import Observation, Observations, Run
 from pyro_symeq.provenance import Picks, put_back, subsampled_dim
+from pyro_symeq.record import Record
 
 NEVER_SAMPLES = (
     "The guide never samples {sites}, which the model does. Sample these sites in the guide too, "
@@ -111,7 +111,7 @@ class Pattern:
 
     def fits(self, run: Run, call: Call) -> bool:
         """Whether a run of the model observed sites of this pattern alone, where they lie."""
-        drawn = {name for name, _ in passes.sample_sites(run.trace)} - run.observed.keys()
+        drawn = {name for name in run.trace.variables} - run.observed.keys()
         if drawn & self.observed or not self.knows(run):
             return False
         return all(
@@ -126,7 +126,7 @@ class Pattern:
 
     def extended(self, other: "Pattern", run: Run) -> "Pattern":
         """Adds what another run has shown, which is right about its own sites."""
-        seen = {name for name, _ in passes.sample_sites(run.trace)}
+        seen = {name for name in run.trace.variables}
         return replace(
             other,
             observed=self.observed - seen | other.observed,
@@ -244,7 +244,7 @@ class Pattern:
             "a function (trace, args, kwargs) -> (args, kwargs)."
         )
 
-    def check_completed(self, trace: Trace, completion: Trace) -> None:
+    def check_completed(self, trace: Record, completion: Record) -> None:
         """Checks that the guide gave a value to each site that the model did not observe.
 
         Raises:
@@ -252,22 +252,22 @@ class Pattern:
         """
         forgotten = [
             name
-            for name, site in passes.sample_sites(trace)
+            for name, site in trace.variables.items()
             if not (site["is_observed"] or name in completion or name in self.missing)
         ]
         if forgotten:
             raise ValueError(NEVER_SAMPLES.format(sites=forgotten))
 
-    def check_dreamed(self, dream: Trace, trace: Trace) -> None:
+    def check_dreamed(self, dream: Record, trace: Record) -> None:
         """Checks that the guide samples the latents of a dream, and nothing else that counts.
 
         Raises:
             ValueError: A latent is missing from the guide, the model lacks a site of the guide, or
                 the guide has factors.
         """
-        sampled = dict(passes.sample_sites(trace))
+        sampled = dict(trace.variables.items())
         known = self.observed | self.missing | sampled.keys()
-        if forgotten := [name for name, _ in passes.sample_sites(dream) if name not in known]:
+        if forgotten := [name for name in dream.variables if name not in known]:
             raise ValueError(NEVER_SAMPLES.format(sites=forgotten))
         extra = [
             name
@@ -292,7 +292,7 @@ class Pattern:
             )
 
 
-def _dreamed_rows(x: Tensor, chains: list[Picks], trace: Trace) -> Iterator[tuple[int, Tensor]]:
+def _dreamed_rows(x: Tensor, chains: list[Picks], trace: Record) -> Iterator[tuple[int, Tensor]]:
     """Which rows of a subsampled argument to show, by dimension.
 
     Rows that a plate has left out hold data that nobody dreamed; others are shown instead.

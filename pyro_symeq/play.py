@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_symeq import passes
 from pyro_symeq.batch import batches
 from pyro_symeq.binding import Call, Program, leaves, put
 from pyro_symeq.ownership import Owners, Parameters
+from pyro_symeq.record import Record
 from pyro_symeq.rehearsal import tensors
 
 __all__ = ["Play"]
@@ -42,7 +42,7 @@ class Scored:
         masks: Where some of them count, if not everywhere.
     """
 
-    trace: Trace
+    trace: Record
     names: list[str]
     masks: Masks
 
@@ -93,7 +93,7 @@ class Play:
             fix = passes.fix(values, partial(_broadcast, player))
             trace = passes.sample(self._program(player), (args, kwargs), fix)
         rows = _check_names(player, trace, fix)
-        self.owners.touch(player, passes.parameters(trace).values())
+        self.owners.touch(player, trace.parameters.values())
         return passes.drawn(trace) | rows
 
     def log_prob(
@@ -152,7 +152,7 @@ class Play:
         }
         self.log_probs += [(player, name, value) for (_, name), value in log_probs.items()]
         for run in runs:
-            self.touched[player] |= passes.parameters(run.trace)
+            self.touched[player] |= run.trace.parameters
         self.owners.touch(player, self.touched[player].values())
         return torch.stack(list(log_probs.values())).sum()
 
@@ -184,9 +184,9 @@ class Play:
         return self.programs[player]
 
 
-def _check_names(player: str, trace: Trace, fix: passes.fix) -> dict[str, Tensor]:
+def _check_names(player: str, trace: Record, fix: passes.fix) -> dict[str, Tensor]:
     """Checks what was given for a run, and returns the rows that its plates chose themselves."""
-    sites = [name for name, _ in passes.sample_sites(trace)]
+    sites = list(trace.variables)
     if unknown := fix.values.keys() - {*sites} - passes.subsamples(trace).keys():
         raise ValueError(
             f"given= holds values for {sorted(unknown)}; the program of player '{player}' "

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Categorical
 
 from pyro_symeq import passes
-from pyro_symeq.passes import Site, Term
+from pyro_symeq.passes import Term
+from pyro_symeq.record import Record, Site
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Proposals:
         dim: The dimension of the plate of several draws.
     """
 
-    completion: Trace
+    completion: Record
     numerator: list[Term]
     denominator: list[Term]
     dim: int | None = None
@@ -65,7 +65,7 @@ def choose(proposals: list[Proposals]) -> dict[str, Tensor]:
     Raises:
         ValueError: The proposals differ in their sites, so that their rows can't be mixed.
     """
-    sites = [dict(passes.sample_sites(some.completion)) for some in proposals]
+    sites = [some.completion.variables for some in proposals]
     if differing := set().union(*sites) - set(sites[0]).intersection(*sites):
         raise ValueError(
             f"Only some draws of the guide have the sites {sorted(differing)}, so they can't be "

@@ -39,6 +39,7 @@ from pyro_symeq.binding import (
 from pyro_symeq.passes import Observation, Run
 from pyro_symeq.pattern import Pattern, Place
 from pyro_symeq.provenance import follow, name_of, take
+from pyro_symeq.record import UNOBSERVED, Record, Site
 
 Bind = Mapping[str, str] | Callable[[Trace, tuple[Any, ...], dict[str, Any]], Call]
 
@@ -50,7 +51,7 @@ IGNORES_DATA = (
 
 
 def rehearse(
-    model: Program, guide: Program, call: Call, bind: Bind | None, like: Trace | None = None
+    model: Program, guide: Program, call: Call, bind: Bind | None, like: Record | None = None
 ) -> tuple[Pattern, Run]:
     """Finds the pattern of a batch.
 
@@ -109,7 +110,7 @@ class _Rehearsal:
     """A dream of a batch, and what the programs do with it."""
 
     def __init__(
-        self, model: Program, guide: Program, call: Call, bind: Bind | None, like: Trace | None
+        self, model: Program, guide: Program, call: Call, bind: Bind | None, like: Record | None
     ) -> None:
         self.model = model
         self.guide = guide
@@ -119,7 +120,7 @@ class _Rehearsal:
         self.absent = list(self.names.absent(call))
         self.dream = passes.dream(model, call, like, followed=True)
         self.observed = self.dream.observed
-        self.sites = dict(passes.sample_sites(self.dream.trace))
+        self.sites = self.dream.trace.variables
         self.drawn = self.sites.keys() - self.observed.keys()
 
     def pattern(self) -> Pattern:
@@ -147,7 +148,7 @@ class _Rehearsal:
         is_supervised = bool(pattern.latents or passes.observations(trace))
         return replace(pattern, is_supervised=is_supervised)
 
-    def guide_at(self, dream: Run, call: Call) -> Trace:
+    def guide_at(self, dream: Run, call: Call) -> Record:
         """Runs the guide on a dream."""
         return passes.replay(self.guide, call, passes.values(dream.trace))
 
@@ -190,7 +191,7 @@ class _Rehearsal:
         pattern = replace(
             draft,
             latents=draft.observed & sampled,
-            filled=frozenset(n for n in draft.masked if n + passes.UNOBSERVED in sampled),
+            filled=frozenset(n for n in draft.masked if n + UNOBSERVED in sampled),
             missing=frozenset(missing),
         )
         if not pattern.lacks_data:
@@ -307,7 +308,7 @@ class _Rehearsal:
     def sampled_by_guide(self, pattern: Pattern) -> set[str]:
         """The sites of the guide, called with the dream."""
         trace = self.guide_at(self.dream, pattern.hand_over(self.dream, self.call))
-        return {name for name, _ in passes.sample_sites(trace)}
+        return {name for name in trace.variables}
 
     def data(self, pattern: Pattern, dreamed: Call) -> dict[str, Tensor]:
         """The arguments that hold dreamed data, by name."""
@@ -355,7 +356,7 @@ class _Rehearsal:
         counting = passes.counting(self.sites[name])
         return close(seen if counting is None else torch.where(counting, seen, dreamed), dreamed)
 
-    def refuse_implicit(self, trace: Trace) -> None:
+    def refuse_implicit(self, trace: Record) -> None:
         """Checks that sites without a density stand where nothing is to be learned."""
         for name, site in self.sites.items():
             if passes.is_implicit(site) and (name not in trace or _depends_on_parameters(site)):
@@ -364,7 +365,7 @@ class _Rehearsal:
                     f"The model's site '{name}' is Implicit and would have to learn: it {why}. "
                     "Give it a distribution with log_prob."
                 )
-        for name, site in passes.sample_sites(trace):
+        for name, site in trace.variables.items():
             if name in self.sites and (passes.is_implicit(site) or passes.is_point(site)):
                 what = "Implicit" if passes.is_implicit(site) else "a Delta"
                 raise ValueError(
@@ -372,9 +373,9 @@ class _Rehearsal:
                     "Give it a distribution with log_prob that spreads its draws."
                 )
 
-    def refuse_other_rows(self, trace: Trace) -> None:
+    def refuse_other_rows(self, trace: Record) -> None:
         """Checks that both programs choose the rows of a subsample in the same plate."""
-        for name, site in passes.sample_sites(trace):
+        for name, site in trace.variables.items():
             in_model = passes.subsampled_plates(self.sites[name]) if name in self.sites else set()
             in_guide = passes.subsampled_plates(site)
             if name in self.sites and in_model != in_guide:
@@ -384,18 +385,18 @@ class _Rehearsal:
                     "rows. Use plates of the same names and sizes in both programs."
                 )
 
-    def depends_on_data(self, pattern: Pattern, trace: Trace) -> bool:
+    def depends_on_data(self, pattern: Pattern, trace: Record) -> bool:
         """Whether other data change the guide's law, for networks that can't be watched."""
         other = passes.dream(self.model, self.call, self.dream.trace, pattern.is_followed)
         again = self.guide_at(self.dream, pattern.hand_over(other, self.call))
         scored = passes.scored(trace, self.dream.trace)
         return passes.log_probs(trace, scored) != passes.log_probs(again, scored)
 
-    def warn_of_priors(self, pattern: Pattern, trace: Trace, followed: follow) -> None:
+    def warn_of_priors(self, pattern: Pattern, trace: Record, followed: follow) -> None:
         """Warns of sites that the guide draws from laws of their own, whatever the data are."""
         free = {
             name: site
-            for name, site in passes.sample_sites(trace)
+            for name, site in trace.variables.items()
             if name in self.sites
             and not any(followed.origin(x).paths for x in tensors(site["fn"]))
             and _has_parameters(site)
@@ -404,7 +405,7 @@ class _Rehearsal:
             return
         other = passes.dream(self.model, self.call, followed=pattern.is_followed)
         again = self.guide_at(other, pattern.hand_over(other, self.call))
-        laws = {name: site["fn"] for name, site in passes.sample_sites(again)}
+        laws = {name: site["fn"] for name, site in again.variables.items()}
         for name, site in free.items():
             if name in laws and _same_law(site["fn"], laws[name], site["value"]):
                 warnings.warn(
@@ -447,7 +448,7 @@ def tensors(law: Any) -> Iterator[Tensor]:
             yield from tensors(part)
 
 
-def _has_parameters(site: passes.Site) -> bool:
+def _has_parameters(site: Site) -> bool:
     with torch.enable_grad():
         return site["fn"].log_prob(site["value"]).requires_grad
 
@@ -456,7 +457,7 @@ def _same_law(a: Any, b: Any, value: Tensor) -> bool:
     return bool(a.batch_shape == b.batch_shape and equal(a.log_prob(value), b.log_prob(value)))
 
 
-def _depends_on_parameters(site: passes.Site) -> bool:
+def _depends_on_parameters(site: Site) -> bool:
     with torch.enable_grad():
         return site["fn"](*site["args"], **site["kwargs"]).requires_grad
 

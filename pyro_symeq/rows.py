@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_symeq import passes
 from pyro_symeq.binding import Call, Path, equal, leaves, put
 from pyro_symeq.passes import Observations
 from pyro_symeq.provenance import CASTS, take
+from pyro_symeq.record import Record, Site
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,18 @@ class Variable:
         return by_row if self.dim is None else by_row.reshape(-1, *[1] * (-self.dim - 1))
 
 
-def shared_rows(traces: Iterable[Trace]) -> Rows | None:
+def shared_rows(traces: Iterable[Record]) -> Rows | None:
     """The outermost vectorised plate around all random variables of all traces, if any."""
     plates = [
         {(f.dim, f.size) for f in site["cond_indep_stack"] if f.vectorized}
         for trace in traces
-        for _, site in passes.sample_sites(trace)
+        for _, site in trace.variables.items()
     ]
     shared = set.intersection(*plates)
     return Rows(*min(shared)) if shared else None
 
 
-def variable(site: passes.Site, rows: Rows | None) -> Variable:
+def variable(site: Site, rows: Rows | None) -> Variable:
     """The random variable at a site of a trace."""
     dim = None if rows is None else rows.dim - site["fn"].event_dim
     return Variable(site["fn"], site["value"], dim)

@@ -13,7 +13,6 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_symeq import Batch, LimitingDistribution
-from pyro_symeq.passes import sample_sites
 from tests.programs import PROGRAMS
 from tests.test_programs import each_program, fresh, global_state, tensors, watched_runs
 
@@ -296,7 +295,7 @@ def test_what_is_known_stays(name, device):
             continue
         args, kwargs = batch.call
         trace = poutine.trace(program.model).get_trace(*args, **kwargs)
-        sites = dict(sample_sites(trace))
+        sites = trace.variables
         site = next(site for site, node in sites.items() if node["is_observed"])
         shape = sites[site]["fn"].shape()
         rows = shape[:1] + (1,) * (len(shape) - 1) if name in WHOLE else shape
