@@ -10,6 +10,8 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from pyro_symeq.grouped import Grouped, torch_optimizer
+
 State = dict[str, Any]
 
 
@@ -24,6 +26,7 @@ class Strategy:
     def __init__(self, name: str, optim: PyroOptim) -> None:
         self.name = name
         self.optim = optim
+        self._step = Grouped(optim)
         self.parameters: dict[str, Tensor] = {}
         self.pending: State = {"parameters": {}, "optim": {}}
         self.resumed = False
@@ -57,7 +60,7 @@ class Strategy:
                     self._before[leaf] = leaf.detach().clone(), self._memory(leaf)
         for leaf, gradient in by_leaf.items():
             leaf.grad = gradient
-        self.optim(list(by_leaf))
+        self._step(list(by_leaf))
         for leaf in by_leaf:
             leaf.grad = None
 
@@ -73,7 +76,7 @@ class Strategy:
                 if memory is None:
                     self.optim.optim_objs.pop(leaf, None)
                 else:
-                    optimizer = _torch_optimizer(self.optim.optim_objs[leaf])
+                    optimizer = torch_optimizer(self.optim.optim_objs[leaf])
                     optimizer.state[leaf] = memory["state"]
                     optimizer.param_groups[0].update(memory["settings"])
             raise
@@ -84,7 +87,7 @@ class Strategy:
         """What the optimiser of a parameter remembers: its averages, and its settings by now."""
         if leaf not in self.optim.optim_objs:
             return None
-        optimizer = _torch_optimizer(self.optim.optim_objs[leaf])
+        optimizer = torch_optimizer(self.optim.optim_objs[leaf])
         settings = {key: x for key, x in optimizer.param_groups[0].items() if key != "params"}
         state = {
             key: value.clone() if isinstance(value, Tensor) else value
@@ -150,18 +153,13 @@ class Strategy:
             _load_optimizer_state(self.optim.optim_objs[leaf], optimizers.pop(name))
 
 
-def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """What a PyroOptim holds for a parameter, without the scheduler that may be around it."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
 def _optimizer_state(optimizer: Any) -> State:
-    inner = _torch_optimizer(optimizer)
+    inner = torch_optimizer(optimizer)
     state = {"optimizer": inner.state_dict()}
     return state if inner is optimizer else state | {"scheduler": optimizer.state_dict()}
 
 
 def _load_optimizer_state(optimizer: Any, state: State) -> None:
-    _torch_optimizer(optimizer).load_state_dict(state["optimizer"])
+    torch_optimizer(optimizer).load_state_dict(state["optimizer"])
     if "scheduler" in state:
         optimizer.load_state_dict(state["scheduler"])
