@@ -9,6 +9,7 @@ from pyro_symeq.distributions import Implicit
 from pyro_symeq.equilibrium import SymmetricEquilibrium
 from pyro_symeq.game import Game, Player
 from pyro_symeq.limiting import LimitingDistribution
+from pyro_symeq.loader import TensorLoader
 from pyro_symeq.loss import GameLoss, SymmetricLoss
 from pyro_symeq.marginals import Completion, Marginal
 from pyro_symeq.play import Play
@@ -31,6 +32,7 @@ __all__ = [
     "SymmetricEquilibrium",
     "SymmetricLoss",
     "SymmetricUtility",
+    "TensorLoader",
     "conditional_game",
     "data_exchange_game",
 ]
