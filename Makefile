@@ -6,7 +6,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help venv demo test lint types docs clean
+.PHONY: help venv demo bench test lint types docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -15,6 +15,9 @@ venv: .venv/installed  ## create .venv and install the package with all it needs
 
 demo: venv  ## train on handwritten digits and draw the result (options: ARGS="--steps 500")
 	$(BIN)/python examples/digits.py $(ARGS)
+
+bench: venv  ## time a training step beside a loop by hand and Pyro's (options: ARGS=--full)
+	$(BIN)/python benchmarks/steps.py $(ARGS)
 
 test: lint types docs  ## all checks: lint, types, docs, then the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
