@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,9 +141,9 @@ def is_part(leaf: Tensor, value: Tensor) -> bool:
     """Whether a value is a view of a tensor, perhaps of some of its elements in another order."""
     if not share_storage(leaf, value) or not _covers(leaf, value):
         return False
-    rest = torch.full(value.shape, value.storage_offset() - leaf.storage_offset())
+    rest = np.full(value.shape, value.storage_offset() - leaf.storage_offset())
     for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
-        rest = rest + (torch.arange(size) * stride).reshape(-1, *[1] * (value.dim() - dim - 1))
+        rest = rest + (np.arange(size) * stride).reshape(-1, *[1] * (value.dim() - dim - 1))
     inside = rest >= 0
     for stride, size in sorted(zip(leaf.stride(), leaf.shape, strict=True), reverse=True):
         if size > 1:

@@ -14,7 +14,7 @@ and each player climbs its own utility towards it: :math:`\theta` along :math:`\
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
@@ -51,6 +51,11 @@ class SymmetricEquilibrium(Game):
             decoder.
         parameters: Modules whose parameters are the ``"decoder"``'s or the ``"encoder"``'s own,
             where what the model touches isn't to be the decoder's; see :class:`Player`.
+        capture: Whether to record a step on each kind of batch and to replay it: in a CUDA graph,
+            on the CPU one operation after another. Python does not run then. What a program takes
+            from Python besides the shapes of its arguments and numbers among them, such as a
+            weight that grows from step to step, stays as it was recorded: hand it over in a
+            tensor. What can't be recorded runs as ever, with a warning that says why.
 
     Raises:
         TypeError: ``optim`` is neither a ``PyroOptim`` nor a pair of them.
@@ -78,6 +83,8 @@ class SymmetricEquilibrium(Game):
         True
     """
 
+    _kind_of_loss = SymmetricLoss
+
     def __init__(
         self,
         model: Program,
@@ -92,6 +99,7 @@ class SymmetricEquilibrium(Game):
         encoder_steps: int = 1,
         encoder_warmup: int = 0,
         parameters: Mapping[str, Own] | None = None,
+        capture: bool = False,
     ) -> None:
         if updates not in ("alternating", "simultaneous"):
             raise ValueError(f"Expected updates='alternating' or 'simultaneous', got {updates!r}.")
@@ -118,6 +126,7 @@ class SymmetricEquilibrium(Game):
                 Player("encoder", guide, encoder, utilities["encoder"], own.get("encoder")),
             ],
             updates=list(_schedule(updates, decoder_steps, encoder_steps)),
+            capture=capture,
         )
         self.updates = updates
 
@@ -143,7 +152,7 @@ class SymmetricEquilibrium(Game):
             ValueError: The pair can't learn from this batch, or a utility is not finite. Nothing
                 has moved then; with Pyro's validation off, the decoder may have.
         """
-        return SymmetricLoss(**super().step(*args, **kwargs).utilities)
+        return cast(SymmetricLoss, super().step(*args, **kwargs))
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> SymmetricLoss:
         r"""Estimates the loss :math:`-(L_p + L_q)` (nats, summed over the batch); nothing moves.
@@ -155,7 +164,7 @@ class SymmetricEquilibrium(Game):
         Returns:
             A float with the utilities ``.decoder`` and ``.encoder``.
         """
-        return SymmetricLoss(**super().evaluate_loss(*args, **kwargs).utilities)
+        return cast(SymmetricLoss, super().evaluate_loss(*args, **kwargs))
 
     def _awake(self) -> set[str]:
         warming_up = self.num_steps < self.encoder_warmup

@@ -9,10 +9,12 @@ equilibrium is a point from which nobody gains by moving alone,
     \quad\text{for all } i \text{ and } \theta_i.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,9 +25,11 @@ from torch import Tensor, nn
 from pyro_symeq import randomness
 from pyro_symeq.batch import batches
 from pyro_symeq.binding import Call, Program, layout
-from pyro_symeq.loss import GameLoss
+from pyro_symeq.capture import Capture, Occasion
+from pyro_symeq.graphs import Rounds, StepGraphs
+from pyro_symeq.loss import GameLoss, loss_of
 from pyro_symeq.ownership import NOTHING_TO_LEARN, Parameters
-from pyro_symeq.play import Score, Stage, Utility
+from pyro_symeq.play import Ascent, Score, Stage, Utility, is_awaited
 from pyro_symeq.rehearsal import aside, buffers_kept
 from pyro_symeq.strategy import State, Strategy
 
@@ -136,6 +140,7 @@ class Game:
             ``"simultaneous"``: all move from the same point. Or the moves of a step in order, each
             a name, or several names that move at once: ``["a", "b", "b"]`` lets b move twice,
             ``[("a", "b"), "c"]`` lets a and b move at once and c after them.
+        capture: Whether to record steps and to replay them, see :class:`SymmetricEquilibrium`.
 
     Raises:
         TypeError: ``players`` are no players, or claim what are no named parameters.
@@ -168,7 +173,15 @@ class Game:
         dict_keys(['p', 'q'])
     """
 
-    def __init__(self, players: Iterable[Player], *, updates: Updates = "alternating") -> None:
+    _kind_of_loss: type[GameLoss] = GameLoss
+
+    def __init__(
+        self,
+        players: Iterable[Player],
+        *,
+        updates: Updates = "alternating",
+        capture: bool = False,
+    ) -> None:
         self._by_name = _by_name(players)
         self.players = tuple(self._by_name.values())
         self.updates = updates
@@ -178,7 +191,7 @@ class Game:
             raise ValueError("No player has a utility, so nobody learns. Give one to some player.")
         self._schedule = tuple(self._moves(updates))
         self._strategies = {
-            player.name: Strategy(player.name, player.optim)
+            player.name: Strategy(player.name, player.optim, capture)
             for player in self.players
             if player.optim is not None
         }
@@ -190,6 +203,9 @@ class Game:
             {player.name: player.utility for player in self.players if player.utility},
             _claims(self.players),
         )
+        self.capture = capture
+        self._capture = Capture(self._stage) if capture else None
+        self._graphs = self._step_graphs()
 
     def __repr__(self) -> str:
         return (
@@ -252,20 +268,13 @@ class Game:
         watched = self._watched() - moving
         self._set_loaded(call, needed=moving | watched)
         self._check_learnable(call, moving, watched)
-        utilities = {}
         with ExitStack() as stack:
             if is_validation_enabled():
                 for name in _names(rounds if watched else rounds[:-1]):
                     stack.enter_context(self._strategies[name].undone_on_error())
-            for names in rounds:
-                scores = [self._score(name, call) for name in names]
-                gradients = [score.gradients(score.parameters.values()) for score in scores]
-                for name, score, gradient in zip(names, scores, gradients, strict=True):
-                    self._strategies[name].move(score.parameters, gradient)
-                    utilities[name] = score.utility.item()
-            utilities |= self._utilities(call, watched)
+            utilities = self._moved(call, rounds) | self._utilities(call, watched)
         self.num_steps += 1
-        return GameLoss({name: utilities[name] for name in self._learners if name in utilities})
+        return self._loss(utilities)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> GameLoss:
         r"""Estimates the loss :math:`-\sum_i u_i` (nats); nothing moves, buffers neither.
@@ -280,7 +289,7 @@ class Game:
         call = (args, kwargs)
         with torch.no_grad(), buffers_kept():
             self._set_loaded(call, needed=self._learners)
-            return GameLoss(self._utilities(call, self._learners))
+            return self._loss(self._utilities(call, self._learners))
 
     def state_dict(self) -> State:
         """Copies all that a training needs to go on as if it had never stopped.
@@ -359,7 +368,7 @@ class Game:
                 )
             yield together
 
-    def _rounds(self) -> list[tuple[str, ...]]:
+    def _rounds(self) -> Rounds:
         """The moves of this step, without those of players who rest."""
         awake = self._awake()
         rounds = [tuple(name for name in names if name in awake) for names in self._schedule]
@@ -382,20 +391,63 @@ class Game:
             if name not in self._by_name:
                 raise ValueError(f"There is no player '{name}'; there are {list(self._by_name)}.")
 
-    def _utilities(self, call: Call, names: Collection[str]) -> dict[str, float]:
+    def _step_graphs(self) -> StepGraphs | None:
+        if self._capture is None or not torch.cuda.is_available():
+            return None
+        return StepGraphs(self._capture, self._strategies, self._move)
+
+    def _moved(self, call: Call, rounds: Rounds) -> dict[str, Tensor]:
+        """Lets players move in the fastest way there is; returns their utilities before."""
+        capture = self._capture
+        occasion = None if capture is None else capture.occasion(call)
+        if capture is None or occasion is None:
+            return self._move(rounds, lambda name: self._score(name, call).ascent())
+        graph = None if self._graphs is None else self._graphs.find(occasion, rounds)
+        if graph is None:
+            return self._move(rounds, partial(self._recalled, capture, occasion))
+        return graph(occasion.tensors)
+
+    def _move(self, rounds: Rounds, ascend: Callable[[str], Ascent]) -> dict[str, Tensor]:
+        """Lets players move, at once and in turn; returns their utilities before they did."""
+        utilities = {}
+        for names in rounds:
+            ascents = [ascend(name) for name in names]
+            for name, ascent in zip(names, ascents, strict=True):
+                moves = ascent.parameters, ascent.gradients, ascent.found_inf
+                self._strategies[name].move(*moves)
+                utilities[name] = ascent.utility
+        return utilities
+
+    def _recalled(self, capture: Capture, occasion: Occasion, name: str) -> Ascent:
+        """Where a player goes from where it stands, by its recorded lesson if there is one."""
+        lesson = capture.lesson(name, occasion)
+        if lesson is not None:
+            ascent = lesson(occasion.tensors)
+            if not is_awaited(ascent.utility) or math.isfinite(ascent.utility.item()):
+                return ascent
+        return self._score(name, occasion.call).ascent()
+
+    def _utilities(self, call: Call, names: Collection[str]) -> dict[str, Tensor]:
         with torch.no_grad():
             return {
-                name: self._score(name, call).utility.item()
-                for name in self._learners
-                if name in names
+                name: self._score(name, call).utility for name in self._learners if name in names
             }
 
     def _score(self, name: str, call: Call) -> Score:
-        """Scores a player, once more if that brought up parameters whose values were loaded."""
+        """Scores a player, once more if that brought up parameters whose values were loaded.
+
+        Raises:
+            ValueError: The utility is not finite.
+        """
         score = self._stage.score(name, call)
         if self._strategies[name].adopt(score.parameters):
-            return self._stage.score(name, call)
+            score = self._stage.score(name, call)
+        score.check()
         return score
+
+    def _loss(self, utilities: Mapping[str, Tensor]) -> GameLoss:
+        in_order = {name: utilities[name] for name in self._learners if name in utilities}
+        return loss_of(self._kind_of_loss, in_order, is_validation_enabled())
 
     def _set_loaded(self, call: Call, needed: Collection[str]) -> None:
         """Sets the loaded parameters that the programs touch in such a call, before its play."""

@@ -29,6 +29,7 @@ ELEMENTWISE = FUSED | {
     optim.Rprop,
 }
 CALLS = (PyroOptim.__call__, PyroLRScheduler.__call__)
+NUM_KEPT = 8  # sets of parameters: batches of several kinds may touch several
 
 Settings = dict[str, Any]
 
@@ -38,23 +39,39 @@ class Grouped:
 
     Args:
         optim: The optimiser.
+        is_captured: Whether its steps are to be recorded in a CUDA graph, which reads learning
+            rates from the device.
     """
 
-    def __init__(self, optim: PyroOptim) -> None:
+    def __init__(self, optim: PyroOptim, is_captured: bool = False) -> None:
         self.optim = optim
-        self._merged = _Merged(optim, [])
+        self.is_captured = is_captured
+        self._merged: dict[tuple[int, ...], Merged] = {}
 
-    def __call__(self, leaves: list[Tensor]) -> None:
-        """Takes a step along the ``grad`` of some parameters."""
+    def __call__(self, leaves: list[Tensor], found_inf: Tensor | None = None) -> None:
+        """Takes a step along the ``grad`` of some parameters.
+
+        Args:
+            leaves: The parameters.
+            found_inf: A number on their device; fused optimisers stay where they are if it's 1.
+        """
         if type(self.optim).__call__ not in CALLS:
             self.optim(leaves)
             return
         if new := [leaf for leaf in leaves if leaf not in self.optim.optim_objs]:
             self.optim(new)
             leaves = [leaf for leaf in leaves if not any(leaf is x for x in new)]
-        if not self._merged.is_of(leaves):
-            self._merged = _Merged(self.optim, leaves)
-        self._merged.step()
+        self.merged(leaves).step(found_inf)
+
+    def merged(self, leaves: list[Tensor]) -> "Merged":
+        """The optimisers of some parameters, merged."""
+        key = tuple(map(id, leaves))
+        merged = self._merged.get(key)
+        if merged is None or not merged.is_of(leaves):
+            if len(self._merged) >= NUM_KEPT:
+                self._merged.clear()
+            merged = self._merged[key] = Merged(self.optim, leaves, self.is_captured)
+        return merged
 
 
 def torch_optimizer(kept: Any) -> Optimizer:
@@ -69,33 +86,42 @@ class _Member:
     Args:
         leaf: The parameter.
         kept: What the ``PyroOptim`` keeps for it.
-        settings: The settings of its optimiser.
-        state: The state of its optimiser.
+        own: Its own optimiser.
+        settings: The settings of that.
+        state: The state of that.
     """
 
     leaf: Tensor
     kept: Any
+    own: Optimizer
     settings: Settings
     state: dict[str, Any]
 
-    def is_current(self, optim: PyroOptim) -> bool:
-        """Whether nobody has changed or exchanged the optimiser."""
-        own = torch_optimizer(self.kept)
+    def is_kept(self, optim: PyroOptim) -> bool:
+        """Whether nobody has exchanged its optimiser or its state."""
         return (
             optim.optim_objs.get(self.leaf) is self.kept
-            and own.param_groups[0] == self.settings
-            and own.state.get(self.leaf) is self.state
+            and self.own.state.get(self.leaf) is self.state
         )
 
 
-class _Merged:
-    """The optimisers of some parameters, merged where they can be."""
+class Merged:
+    """The optimisers of some parameters, merged where they can be.
 
-    def __init__(self, optim: PyroOptim, leaves: Sequence[Tensor]) -> None:
+    Args:
+        optim: What keeps them.
+        leaves: The parameters.
+        is_captured: Whether learning rates are to lie on the device.
+    """
+
+    def __init__(
+        self, optim: PyroOptim, leaves: Sequence[Tensor], is_captured: bool = False
+    ) -> None:
         self.optim = optim
         self.leaves = list(leaves)
         self.alone: list[Tensor] = []
-        self.members: list[_Member] = []
+        self._groups: list[tuple[Settings, list[_Member]]] = []
+        self._optimizers: list[Optimizer] = []
         kinds: dict[type[Optimizer], list[_Member]] = {}
         for leaf in leaves:
             kept = optim.optim_objs[leaf]
@@ -103,29 +129,74 @@ class _Merged:
             if not _can_be_merged(own, leaf):
                 self.alone.append(leaf)
                 continue
-            member = _Member(leaf, kept, dict(own.param_groups[0]), own.state[leaf])
+            member = _Member(leaf, kept, own, dict(own.param_groups[0]), own.state[leaf])
             kinds.setdefault(type(own), []).append(member)
-            self.members.append(member)
-        self.optimizers = [_merge(kind, members) for kind, members in kinds.items()]
+        for kind, members in kinds.items():
+            self._merge(kind, members, is_captured)
 
     def is_of(self, leaves: Sequence[Tensor]) -> bool:
-        """Whether these parameters were merged, and nothing has changed since."""
+        """Whether these parameters were merged, and nothing has changed but learning rates."""
         return (
             len(leaves) == len(self.leaves)
             and all(map(operator.is_, leaves, self.leaves))
-            and all(member.is_current(self.optim) for member in self.members)
+            and all(self._follows(*group) for group in self._groups)
         )
 
-    def step(self) -> None:
+    def step(self, found_inf: Tensor | None = None) -> None:
         """Takes the step of all of them."""
         clips = self.optim.grad_clip
-        for member in self.members:
-            if clips[member.leaf] is not None:
-                clips[member.leaf](member.leaf)
-        for optimizer in self.optimizers:
+        for _, members in self._groups:
+            for member in members:
+                if clips[member.leaf] is not None:
+                    clips[member.leaf](member.leaf)
+        for optimizer in self._optimizers:
+            if optimizer.param_groups[0].get("fused"):
+                optimizer.found_inf = found_inf  # type: ignore[attr-defined]
             optimizer.step()
         if self.alone:
             self.optim(self.alone)
+
+    def _follows(self, group: Settings, members: list[_Member]) -> bool:
+        """Lets a group have the learning rate of its members, if that is all that has changed."""
+        if not all(member.is_kept(self.optim) for member in members):
+            return False
+        settings = [member.own.param_groups[0] for member in members]
+        if all(map(operator.eq, settings, (member.settings for member in members))):
+            return True
+        lr = settings[0]["lr"]
+        if any(s != m.settings | {"lr": lr} for s, m in zip(settings, members, strict=True)):
+            return False
+        for member in members:
+            member.settings["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+        return True
+
+    def _merge(self, kind: type[Optimizer], members: list[_Member], is_captured: bool) -> None:
+        alike: list[tuple[Settings, list[_Member]]] = []
+        for member in members:
+            settings = {key: x for key, x in member.settings.items() if key != "params"}
+            if kind in FUSED and _may_be_fused(settings, member.leaf):
+                settings["fused"] = True
+            same = next((group for given, group in alike if given == settings), None)
+            if same is None:
+                alike.append((settings, [member]))
+            else:
+                same.append(member)
+        for settings, group in alike:
+            if settings.get("fused"):
+                _prepare_fused(settings, group, is_captured)
+        optimizer = kind(  # type: ignore[call-arg]
+            [{**settings, "params": [m.leaf for m in group]} for settings, group in alike]
+        )
+        optimizer.state.update({member.leaf: member.state for member in members})
+        self._optimizers.append(optimizer)
+        self._groups += [
+            (settings, group)
+            for settings, (_, group) in zip(optimizer.param_groups, alike, strict=True)
+        ]
 
 
 def _can_be_merged(own: Optimizer, leaf: Tensor) -> bool:
@@ -137,26 +208,20 @@ def _can_be_merged(own: Optimizer, leaf: Tensor) -> bool:
     )
 
 
-def _merge(kind: type[Optimizer], members: Sequence[_Member]) -> Optimizer:
-    groups: list[Settings] = []
-    for member in members:
-        settings = {key: x for key, x in member.settings.items() if key != "params"}
-        if kind in FUSED and _may_be_fused(settings, member.leaf):
-            settings["fused"] = True
-            if "step" in member.state:
-                step = member.state["step"]
-                member.state["step"] = step.to(member.leaf.device, torch.float32)
-        group = next((g for g in groups if g | settings == g), None)
-        if group is None:
-            groups.append(settings | {"params": [member.leaf]})
-        else:
-            group["params"].append(member.leaf)
-    optimizer = kind(groups)  # type: ignore[call-arg]
-    optimizer.state.update({member.leaf: member.state for member in members})
-    return optimizer
-
-
 def _may_be_fused(settings: Settings, leaf: Tensor) -> bool:
     """Whether the user leaves the way of stepping open, and there is a kernel for it."""
     is_open = not any(settings.get(key) for key in ("foreach", "fused", "differentiable"))
     return is_open and leaf.is_floating_point() and leaf.device.type in ("cpu", "cuda")
+
+
+def _prepare_fused(settings: Settings, members: list[_Member], is_captured: bool) -> None:
+    """Puts what a fused kernel reads where it reads it."""
+    device = members[0].leaf.device
+    if is_captured and device.type == "cuda":
+        settings["lr"] = torch.as_tensor(settings["lr"], dtype=torch.float32, device=device)
+        if "capturable" in settings:
+            settings["capturable"] = True
+    for member in members:
+        if "step" in member.state:
+            step = member.state["step"]
+            member.state["step"] = step.to(member.leaf.device, torch.float32)

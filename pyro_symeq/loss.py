@@ -1,7 +1,12 @@
 """What a step returns: a loss that carries the utilities of the players."""
 
-from collections.abc import Mapping
-from typing import TypeVar
+import math
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
 
 __all__ = ["GameLoss", "SymmetricLoss"]
 
@@ -30,6 +35,11 @@ class GameLoss(float):
     def __getnewargs__(self) -> tuple[dict[str, float]]:  # type: ignore[override]
         return (self.utilities,)
 
+    @classmethod
+    def of(cls: type[Loss], utilities: Mapping[str, float]) -> Loss:
+        """The loss of these utilities."""
+        return cls(utilities)
+
 
 class SymmetricLoss(GameLoss):
     r"""The loss :math:`-(L_p + L_q)` of a step, a float that carries both utilities (nats).
@@ -50,6 +60,10 @@ class SymmetricLoss(GameLoss):
     def __getnewargs__(self) -> tuple[float, float]:  # type: ignore[override]
         return self.decoder, self.encoder
 
+    @classmethod
+    def of(cls, utilities: Mapping[str, float]) -> "SymmetricLoss":  # noqa: D102
+        return cls(**utilities)
+
     @property
     def decoder(self) -> float:  # noqa: D102
         return self.utilities["decoder"]
@@ -57,3 +71,73 @@ class SymmetricLoss(GameLoss):
     @property
     def encoder(self) -> float:  # noqa: D102
         return self.utilities["encoder"]
+
+
+def loss_of(kind: type[Loss], utilities: Mapping[str, Tensor], is_awaited: bool) -> Loss:
+    """The loss of utilities, read at once if it is awaited or nobody has to wait."""
+    if all(utility.device.type == "cpu" for utility in utilities.values()):
+        return kind.of({name: utility.item() for name, utility in utilities.items()})
+    pending = PendingLoss(kind, utilities)
+    return cast(Loss, pending.read() if is_awaited else pending)
+
+
+class PendingLoss:
+    """A loss that is read from the device when somebody looks at it.
+
+    It passes for the loss that it will be: ``isinstance`` says so, and whatever is done with it as
+    with a float reads it. Where floats are taken apart without asking Python, as by ``json``, give
+    ``float(loss)``.
+
+    Args:
+        kind: The class of the loss.
+        utilities: The utilities by the names of the players, scalars on a device.
+
+    Raises:
+        ValueError: A utility is not finite. This comes when the loss is read.
+    """
+
+    def __init__(self, kind: type[GameLoss], utilities: Mapping[str, Tensor]) -> None:
+        self._kind = kind
+        self._utilities = dict(utilities)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return self._kind
+
+    def read(self) -> GameLoss:
+        """Waits for the device."""
+        return self._loss
+
+    @cached_property
+    def _loss(self) -> GameLoss:
+        numbers = torch.stack([u.double() for u in self._utilities.values()]).tolist()
+        utilities = dict(zip(self._utilities, numbers, strict=True))
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(
+                f"Expected finite utilities, got {utilities}. This was seen when the loss was "
+                "read: with validation off, nobody waits for the device. Players with fused "
+                "optimisers have stayed where they were. To stop at such a batch, and to be told "
+                "the sites, turn on pyro.enable_validation()."
+            )
+        return self._kind.of(utilities)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loss, name)
+
+    def __reduce__(self) -> Any:
+        return self._kind.of, (self._loss.utilities,)
+
+
+def _read_first(name: str) -> Callable[..., Any]:
+    def method(self: PendingLoss, *args: Any) -> Any:
+        others = [x._loss if type(x) is PendingLoss else x for x in args]
+        return getattr(self._loss, name)(*others)
+
+    return method
+
+
+for _name in (
+    "abs add bool ceil divmod eq float floor floordiv format ge gt hash int le lt mod mul ne neg "
+    "pos pow radd rdivmod repr rfloordiv rmod rmul round rpow rsub rtruediv str sub truediv trunc"
+).split():
+    setattr(PendingLoss, f"__{_name}__", _read_first(f"__{_name}__"))

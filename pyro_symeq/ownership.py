@@ -28,6 +28,7 @@ class Owners:
         self._rank = {name: rank for rank, name in enumerate(players)}
         self._owner = {leaf: name for name, own in claims.items() for leaf in own.values()}
         self._claimed = frozenset(self._owner)
+        self.num_changes = 0  # of owners
         self._uses_unnamed: dict[tuple[str, ...], bool] = {}
 
     def touch(self, player: str, leaves: Iterable[Tensor]) -> None:
@@ -37,6 +38,7 @@ class Owners:
             owner = self._owner.setdefault(leaf, player)
             if rank < self._rank[owner] and leaf not in self._claimed:
                 self._owner[leaf] = player
+                self.num_changes += 1
 
     def owned(self, player: str, touched: Parameters) -> Parameters:
         """The parameters of a player: those that it claims, and its own of those it touched.
@@ -74,9 +76,10 @@ class Owners:
             return []
         known = self._claimed.union(*(parameters.values() for parameters in named))
         leaves = [leaf for leaf in _graph_leaves(utility) if leaf not in known]
-        self._uses_unnamed[scored] = bool(leaves)
         self.touch(player, leaves)
-        return [leaf for leaf in leaves if self._owner.get(leaf) == player]
+        unnamed = [leaf for leaf in leaves if self._owner.get(leaf) == player]
+        self._uses_unnamed[scored] = bool(unnamed)
+        return unnamed
 
 
 def _graph_leaves(value: Tensor) -> Iterator[Tensor]:

@@ -337,26 +337,50 @@ def log_probs(
         names: Its random variables and factors that count.
         masks: Where some of them count, if not everywhere.
     """
-    return {
-        term.site["name"]: scale_and_mask(term.log_prob, term.site["scale"], term.mask).sum()
-        for term in terms(trace, names, masks or {})
-    }
+    counted = _counted(trace, names, masks or {})
+    return {site["name"]: _log_prob_sum(site, mask) for site, mask in counted}
 
 
 def terms(trace: Record, names: Iterable[str], masks: Mapping[str, Tensor]) -> Iterator[Term]:
     """The log-probabilities at random variables and factors, see :func:`log_probs`."""
+    for site, mask in _counted(trace, names, masks):
+        yield Term(site, _log_prob(site, site["fn"]), mask)
+
+
+def _counted(
+    trace: Record, names: Iterable[str], masks: Mapping[str, Tensor]
+) -> Iterator[tuple[Site, Tensor | bool | None]]:
+    """The sites behind random variables and factors, and where they count."""
     split = trace.split
     for name in names:
-        for part in [name + OBSERVED, name + UNOBSERVED] if name in split else [name]:
-            site: Site = trace.nodes[part]
-            try:
-                log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-            except ValueError as error:
-                raise ValueError(f"No log-probability at site '{part}': {error}") from error
+        for part in (name + OBSERVED, name + UNOBSERVED) if name in split else (name,):
+            site = trace.nodes[part]
             mask = site["mask"]
             if name in masks:
                 mask = masks[name] if mask is None else masks[name] & mask
-            yield Term(site, log_prob, mask)
+            yield site, mask
+
+
+def _log_prob(site: Site, fn: Any) -> Tensor:
+    try:
+        return fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+    except ValueError as error:
+        raise ValueError(f"No log-probability at site '{site['name']}': {error}") from error
+
+
+def _log_prob_sum(site: Site, mask: Tensor | bool | None) -> Tensor:
+    fn, scale = site["fn"], site["scale"]
+    if mask is not None or isinstance(scale, Tensor):
+        return _sum(scale_and_mask(_log_prob(site, fn), scale, mask))
+    while isinstance(fn, Independent):  # a sum over rows of sums is a sum
+        fn = fn.base_dist
+    return scale_and_mask(_sum(_log_prob(site, fn)), scale)
+
+
+def _sum(log_prob: Tensor) -> Tensor:
+    """Sums in single precision at least."""
+    is_coarse = log_prob.dtype in (torch.float16, torch.bfloat16)
+    return log_prob.sum(dtype=torch.float32 if is_coarse else None)
 
 
 def counting(site: Site) -> Tensor | None:
@@ -398,5 +422,7 @@ def _shaped(value: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _draw(msg: Site) -> Tensor:
+    if not torch.is_grad_enabled():
+        return msg["fn"](*msg["args"], **msg["kwargs"])
     with torch.no_grad():
         return msg["fn"](*msg["args"], **msg["kwargs"])

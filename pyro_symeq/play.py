@@ -10,7 +10,8 @@ others at the draws, as in the decoder's
 which is ``play.log_prob("decoder", x, given=play.sample("encoder", x))``.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -154,7 +155,8 @@ class Play:
         for run in runs:
             self.touched[player] |= run.trace.parameters
         self.owners.touch(player, self.touched[player].values())
-        return torch.stack(list(log_probs.values())).sum()
+        first, *others = log_probs.values()
+        return sum(others, first)
 
     def aside(self) -> "Play":
         """A play of the same programs, of which nothing counts."""
@@ -166,7 +168,7 @@ class Play:
         Raises:
             ValueError: It is not finite.
         """
-        if not torch.isfinite(utility):
+        if not math.isfinite(utility.item()):
             sites = {
                 name if scored == player else f"{name} ({scored})": value.item()
                 for scored, name, value in self.log_probs
@@ -275,6 +277,26 @@ def _tensors(given: Any) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
+class Ascent:
+    """Where a player goes from where it stands.
+
+    Args:
+        utility: The utility, a scalar.
+        parameters: The player's parameters (leaves), by name.
+        gradients: The gradient of the negative utility in each of them.
+    """
+
+    utility: Tensor
+    parameters: Parameters
+    gradients: Sequence[Tensor | None]
+
+    @property
+    def found_inf(self) -> Tensor | None:
+        """1 if the utility is not finite, where the host doesn't know before the player moves."""
+        return None if is_awaited(self.utility) else (~torch.isfinite(self.utility)).float()
+
+
+@dataclass(frozen=True)
 class Score:
     """A player's utility at one draw.
 
@@ -282,11 +304,27 @@ class Score:
         utility: The utility, a scalar with a graph to the player's program.
         parameters: The player's parameters (leaves), by name.
         unnamed: Parameters of the player that its program uses without a statement.
+        check_finite: Raises a ``ValueError`` if the utility is not finite, for which the host waits.
     """
 
     utility: Tensor
     parameters: Parameters
     unnamed: list[Tensor]
+    check_finite: Callable[[], None]
+
+    def check(self) -> None:
+        """Checks that the utility is finite, unless the host would have to wait for a device.
+
+        Raises:
+            ValueError: It is not; with Pyro's validation on, also on a device.
+        """
+        if is_awaited(self.utility):
+            self.check_finite()
+
+    def ascent(self) -> Ascent:
+        """The utility with its gradient in the player's parameters."""
+        gradients = self.gradients(self.parameters.values())
+        return Ascent(self.utility.detach(), self.parameters, gradients)
 
     def gradients(self, parameters: Iterable[Tensor]) -> list[Tensor | None]:
         """The gradient of the negative utility in some of the player's parameters."""
@@ -294,6 +332,11 @@ class Score:
         if not (leaves and self.utility.requires_grad):
             return [None] * len(leaves)
         return list(torch.autograd.grad(-self.utility, leaves, allow_unused=True))
+
+
+def is_awaited(utility: Tensor) -> bool:
+    """Whether the host looks at a utility before anybody moves, even if it has to wait."""
+    return is_validation_enabled() or utility.device.type == "cpu"
 
 
 class Stage:
@@ -324,7 +367,7 @@ class Stage:
 
         Raises:
             TypeError: The utility is no tensor.
-            ValueError: It is no scalar, or not finite.
+            ValueError: It is no scalar.
         """
         play = self.play(player)
         utility = torch.zeros(())
@@ -334,10 +377,10 @@ class Stage:
             _check_scalar(player, part)
             part = part if batch.weight == 1 else batch.weight * part
             utility = utility + part if i else part
-        play.check_finite(player, utility)
         sites = tuple(name for _, name, _ in play.log_probs)
         unnamed = self.owners.unnamed(player, utility, play.touched.values(), sites)
-        return Score(utility, self.owners.owned(player, play.touched[player]), unnamed)
+        owned = self.owners.owned(player, play.touched[player])
+        return Score(utility, owned, unnamed, partial(play.check_finite, player, utility))
 
 
 def _check_scalar(player: str, utility: Any) -> None:

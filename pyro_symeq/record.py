@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+import torch
 from pyro.distributions import Delta, MaskedDistribution
 from pyro.poutine import Trace
 from pyro.poutine.mask_messenger import MaskMessenger
@@ -105,6 +106,7 @@ def run(program: Program, call: Call, *acts: Act) -> Record:
     """Runs a program, acts at each of its sample sites in turn, and returns the trace."""
     args, kwargs = call
     recorder = record(*acts)
+    torch.clear_autocast_cache()  # of parameters before a move, or cast without a graph
     TraceHandler(recorder, program)(*args, **kwargs)
     return recorder.trace
 

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from pyro_symeq.grouped import Grouped, torch_optimizer
+from pyro_symeq.grouped import Grouped, Merged, torch_optimizer
 
 State = dict[str, Any]
 
@@ -21,12 +21,13 @@ class Strategy:
     Args:
         name: The name of the player.
         optim: The optimiser, which may be other players' too.
+        is_captured: Whether moves are to be recorded in a CUDA graph.
     """
 
-    def __init__(self, name: str, optim: PyroOptim) -> None:
+    def __init__(self, name: str, optim: PyroOptim, is_captured: bool = False) -> None:
         self.name = name
         self.optim = optim
-        self._step = Grouped(optim)
+        self.grouped = Grouped(optim, is_captured)
         self.parameters: dict[str, Tensor] = {}
         self.pending: State = {"parameters": {}, "optim": {}}
         self.resumed = False
@@ -51,8 +52,19 @@ class Strategy:
             self._set(name, self.pending["parameters"].pop(name), self.pending["optim"])
         return bool(waiting)
 
-    def move(self, parameters: Mapping[str, Tensor], gradients: list[Tensor | None]) -> None:
-        """Lets the optimiser take a step along the gradients of the negative utility."""
+    def move(
+        self,
+        parameters: Mapping[str, Tensor],
+        gradients: Sequence[Tensor | None],
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Lets the optimiser take a step along the gradients of the negative utility.
+
+        Args:
+            parameters: The parameters that move.
+            gradients: Their gradients.
+            found_inf: A number on their device; fused optimisers stay where they are if it's 1.
+        """
         by_leaf = dict(zip(parameters.values(), gradients, strict=True))  # names may share one
         if self._before is not None:
             for leaf in by_leaf:
@@ -60,9 +72,13 @@ class Strategy:
                     self._before[leaf] = leaf.detach().clone(), self._memory(leaf)
         for leaf, gradient in by_leaf.items():
             leaf.grad = gradient
-        self._step(list(by_leaf))
+        self.grouped(list(by_leaf), found_inf)
         for leaf in by_leaf:
             leaf.grad = None
+
+    def merged(self, parameters: Mapping[str, Tensor]) -> Merged:
+        """The optimisers of parameters that have moved, merged."""
+        return self.grouped.merged(list(dict.fromkeys(parameters.values())))
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:

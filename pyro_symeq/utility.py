@@ -174,7 +174,10 @@ class SymmetricUtility(ELBO):
 
     def _utilities(self, model: Program, guide: Program, call: Call) -> list[Tensor]:
         stage = self.stage(model, guide)
-        return [stage.score(player, call).utility for player in stage.utilities]
+        scores = [stage.score(player, call) for player in stage.utilities]
+        for score in scores:
+            score.check()
+        return [score.utility for score in scores]
 
     def _gradients(
         self, model: Program, guide: Program, call: Call
@@ -185,6 +188,7 @@ class SymmetricUtility(ELBO):
         stage = self.stage(model, guide)
         for player in stage.utilities:
             score = stage.score(player, call)
+            score.check()
             leaves = [*score.parameters.values(), *score.unnamed]
             utilities.append(score.utility.detach())
             gradients |= {

@@ -1,0 +1,242 @@
+"""Which steps are recorded, and when a recording takes the place of the programs.
+
+The first step on a kind of batch runs as ever, so that all is set up. The second and the third are
+recorded. If the two recordings agree, nothing in the programs has changed from one step to the
+next, and further steps on such batches replay.
+"""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine.runtime import am_i_wrapped
+from torch import Tensor
+
+from pyro_symeq.batch import Batch, batches
+from pyro_symeq.binding import Call, Path, leaves, put
+from pyro_symeq.ownership import Parameters
+from pyro_symeq.play import Ascent, Stage
+from pyro_symeq.recording import CannotRecordError, Recording, record
+
+NUM_KEPT = 64
+
+CHANGES = (
+    "what the programs do changes from step to step, by numbers or tensors that they take from "
+    "Python. Pass what changes as a tensor among the arguments"
+)
+NONE_ALIKE = (
+    f"no two of {NUM_KEPT} batches were alike in shapes and numbers. Leave out incomplete batches "
+    "(drop_last=True), and pass numbers that change as tensors"
+)
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """A step that may be replayed.
+
+    Args:
+        call: What the step was given.
+        tensors: The tensors in it.
+        kind: What tells it from steps of other kinds.
+    """
+
+    call: Call
+    tensors: Sequence[Tensor]
+    kind: Hashable
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a player learns from batches of a kind, recorded.
+
+    Args:
+        recording: Computes the utility and its gradients, as far as there are any.
+        parameters: The player's parameters.
+        has_gradient: Which of them the utility depends on.
+        num_changes: How often parameters had changed owners.
+    """
+
+    recording: Recording
+    parameters: Parameters
+    has_gradient: Sequence[bool]
+    num_changes: int
+
+    @property
+    def is_on_cuda(self) -> bool:
+        """Whether the parameters lie on CUDA."""
+        return any(leaf.is_cuda for leaf in self.parameters.values())
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Ascent:
+        """Replays it on the tensors of such batches."""
+        utility, *gradients = self.recording(*tensors)
+        rest = iter(gradients)
+        return Ascent(
+            utility, self.parameters, [next(rest) if has else None for has in self.has_gradient]
+        )
+
+
+@dataclass
+class _Entry:
+    """What is known of a player and a kind of batch.
+
+    Args:
+        is_new: Whether there was no such step before.
+        lesson: The last recording.
+        is_confirmed: Whether the one before it agreed.
+        is_refused: Whether it can't be recorded.
+    """
+
+    is_new: bool = True
+    lesson: Lesson | None = None
+    is_confirmed: bool = False
+    is_refused: bool = False
+
+
+class Capture:
+    """The recorded lessons of the players.
+
+    Args:
+        stage: Where their game is played.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._num_unlike = 0
+        self._warned: set[str] = set()
+
+    def occasion(self, call: Call) -> Occasion | None:
+        """Looks at a step, and whether it may be replayed at all."""
+        if am_i_wrapped():  # in a handler of the user's, which is in no recording
+            return None
+        try:
+            return Occasion(call, [leaf for _, _, leaf in _places(call)], _kind_of(call))
+        except CannotRecordError as error:
+            self.warn("the step", str(error))
+            return None
+
+    def lesson(self, player: str, occasion: Occasion) -> Lesson | None:
+        """The lesson of a player in such steps, if it is recorded by now."""
+        entry = self._entry(player, occasion)
+        try:
+            self._update(entry, player, occasion.call)
+        except CannotRecordError as error:
+            entry.lesson, entry.is_refused = None, True
+            self.warn(f"the lesson of the {player}", str(error))
+        return entry.lesson
+
+    def confirmed(self, player: str, occasion: Occasion) -> Lesson | None:
+        """The lesson of a player in such steps, if it was recorded twice and stands."""
+        entry = self._entries.get((player, occasion.kind))
+        if entry is None or not entry.is_confirmed or not self._is_valid(entry.lesson):
+            return None
+        return entry.lesson
+
+    def warn(self, what: str, reason: str) -> None:
+        """Warns, once for each reason, that something isn't captured."""
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"Not captured: {what}, since {reason}.", stacklevel=6)
+
+    def _entry(self, player: str, occasion: Occasion) -> _Entry:
+        key = (player, occasion.kind)
+        if key not in self._entries:
+            self._entries[key] = _Entry()
+            if len(self._entries) > NUM_KEPT:
+                self._entries.popitem(last=False)
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+    def _update(self, entry: _Entry, player: str, call: Call) -> None:
+        """Records a lesson where that has to be done."""
+        if entry.is_new:
+            entry.is_new = False
+            self._num_unlike += 1
+            if self._num_unlike == NUM_KEPT:
+                self.warn(f"the last {NUM_KEPT} lessons", NONE_ALIKE)
+            return
+        self._num_unlike = 0
+        if entry.is_refused:
+            return
+        if not self._is_valid(entry.lesson):
+            entry.lesson, entry.is_confirmed = None, False
+        if not entry.is_confirmed:
+            lesson = self._record(player, call)
+            if entry.lesson is not None:
+                if not lesson.recording.agrees(entry.lesson.recording):
+                    raise CannotRecordError(CHANGES)
+                entry.is_confirmed = True
+            entry.lesson = lesson
+
+    def _is_valid(self, lesson: Lesson | None) -> bool:
+        return (
+            lesson is not None
+            and lesson.num_changes == self._stage.owners.num_changes
+            and lesson.recording.is_valid()
+        )
+
+    def _record(self, player: str, call: Call) -> Lesson:
+        ascents: list[Ascent] = []
+
+        def learn(*inputs: Tensor) -> list[Tensor]:
+            ascent = self._stage.score(player, _with_tensors(call, inputs)).ascent()
+            ascents.append(ascent)
+            return [ascent.utility, *(x for x in ascent.gradients if x is not None)]
+
+        num_changes = self._stage.owners.num_changes
+        recording = record(learn, [leaf for _, _, leaf in _places(call)])
+        has_gradient = [x is not None for x in ascents[-1].gradients]
+        return Lesson(recording, ascents[-1].parameters, has_gradient, num_changes)
+
+
+def _with_tensors(call: Call, others: Sequence[Tensor]) -> Call:
+    """What a step is given, with other tensors in the places of its own."""
+    parts = batches(call)
+    calls = [batch.call for batch in parts]
+    for (i, path, _), other in zip(_places(call), others, strict=True):
+        calls[i] = put(calls[i], path, other)
+    return tuple(
+        Batch(*args, **kwargs).weighted(batch.weight)
+        for (args, kwargs), batch in zip(calls, parts, strict=True)
+    ), {}
+
+
+def _kind_of(call: Call) -> Hashable:
+    """Tells steps apart by all that isn't in the elements of their tensors."""
+    storages: dict[int, int] = {}
+    parts = tuple(
+        (batch.weight, tuple((path, _kind(leaf, storages)) for path, leaf in leaves(batch.call)))
+        for batch in batches(call)
+    )
+    precision = [torch.get_default_dtype()]
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            precision.append(torch.get_autocast_dtype(device))
+    return parts, tuple(precision)
+
+
+def _places(call: Call) -> Iterator[tuple[int, Path, Tensor]]:
+    for i, batch in enumerate(batches(call)):
+        for path, leaf in leaves(batch.call):
+            if isinstance(leaf, Tensor):
+                yield i, path, leaf
+
+
+def _kind(leaf: Any, storages: dict[int, int]) -> Hashable:
+    """What a step depends on besides the elements of a tensor: a number counts by its value."""
+    if isinstance(leaf, Tensor):
+        storage = leaf.untyped_storage().data_ptr()
+        start = storages.setdefault(storage, int(leaf.storage_offset()))
+        shared = list(storages).index(storage), leaf.storage_offset() - start
+        return shared, leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    try:
+        hash(leaf)
+    except TypeError as error:
+        raise CannotRecordError(
+            f"an argument is of type {type(leaf).__name__}, whose changes can't be seen. Pass a "
+            "tensor"
+        ) from error
+    return type(leaf), leaf

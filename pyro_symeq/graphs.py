@@ -1,0 +1,151 @@
+"""Whole steps as CUDA graphs: the recorded lessons of the players, and their optimisers' moves.
+
+A graph is launched as one, so that neither Python nor the launches of small kernels count. It
+works on fixed addresses: a batch is copied to where the graph reads it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_symeq.binding import copied
+from pyro_symeq.capture import Capture, Lesson, Occasion
+from pyro_symeq.grouped import Merged, torch_optimizer
+from pyro_symeq.play import Ascent
+from pyro_symeq.strategy import Strategy
+
+NUM_KEPT = 8
+
+Rounds = Sequence[tuple[str, ...]]
+Move = Callable[[Rounds, Callable[[str], Ascent]], dict[str, Tensor]]
+
+
+class StepGraph:
+    """A step on batches of a kind.
+
+    Args:
+        step: Takes a step on the tensors of such batches, and returns the utilities.
+        tensors: Such tensors.
+        pool: The memory that graphs share.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Sequence[Tensor]], dict[str, Tensor]],
+        tensors: Sequence[Tensor],
+        pool: Any,
+    ) -> None:
+        self._inputs = [copied(x.detach()) for x in tensors]
+        self._graph = torch.cuda.CUDAGraph()
+        recorder = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
+        with pyro.validation_enabled(False), recorder:
+            self._utilities = step(self._inputs)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Takes a step on others, without waiting for it."""
+        with torch.no_grad():
+            for place, x in zip(self._inputs, tensors, strict=True):
+                place.copy_(x, non_blocking=True)
+        self._graph.replay()
+        return {name: utility.clone() for name, utility in self._utilities.items()}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A graph, and what it was captured of.
+
+    Args:
+        graph: The graph, if there can be one.
+        lessons: The lessons in it.
+        merged: The optimisers in it.
+    """
+
+    graph: StepGraph | None
+    lessons: Mapping[str, Lesson]
+    merged: Sequence[Merged]
+
+    def is_of(self, lessons: Mapping[str, Lesson]) -> bool:
+        """Whether it was captured of these lessons, and its optimisers are as they were."""
+        return all(self.lessons[name] is lesson for name, lesson in lessons.items()) and all(
+            merged.is_of(merged.leaves) for merged in self.merged
+        )
+
+
+class StepGraphs:
+    """The steps that are captured.
+
+    Args:
+        capture: The recorded lessons.
+        strategies: The strategies of the players.
+        move: Lets players move along ascents.
+    """
+
+    def __init__(self, capture: Capture, strategies: Mapping[str, Strategy], move: Move) -> None:
+        self._capture = capture
+        self._strategies = strategies
+        self._move = move
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._pool: Any = None
+
+    def find(self, occasion: Occasion, rounds: Rounds) -> StepGraph | None:
+        """The graph of such a step, if there is one by now."""
+        lessons = {}
+        for name in {name for names in rounds for name in names}:
+            lesson = self._capture.confirmed(name, occasion)
+            if lesson is None or not lesson.is_on_cuda:
+                return None
+            lessons[name] = lesson
+        key = (occasion.kind, tuple(rounds))
+        entry = self._entries.get(key)
+        if entry is None or not entry.is_of(lessons):
+            entry = self._entries[key] = self._entry(occasion.tensors, rounds, lessons)
+            if len(self._entries) > NUM_KEPT:
+                self._entries.popitem(last=False)
+        self._entries.move_to_end(key)
+        return entry.graph
+
+    def _entry(
+        self, tensors: Sequence[Tensor], rounds: Rounds, lessons: Mapping[str, Lesson]
+    ) -> _Entry:
+        merged: list[Merged] = []
+        graph = None
+        try:
+            merged = [self._strategies[n].merged(x.parameters) for n, x in lessons.items()]
+            _check(tensors, lessons.values(), merged)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = StepGraph(
+                lambda inputs: self._move(rounds, lambda name: lessons[name](inputs)),
+                tensors,
+                self._pool,
+            )
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            self._capture.warn("the whole step, but each player's lesson", reason)
+        return _Entry(graph, lessons, merged)
+
+
+def _check(
+    tensors: Sequence[Tensor], lessons: Collection[Lesson], merged: Sequence[Merged]
+) -> None:
+    """Checks that a graph has all that a step needs on its device.
+
+    Raises:
+        ValueError: It lacks something.
+    """
+    for i, x in enumerate(tensors):
+        if x.device.type != "cuda" and any(lesson.recording.reads(i) for lesson in lessons):
+            raise ValueError(
+                f"an argument of shape {tuple(x.shape)} lies on the {x.device.type}, and the "
+                "parameters on cuda"
+            )
+    for one in merged:
+        if one.alone:
+            kept = torch_optimizer(one.optim.optim_objs[one.alone[0]])
+            raise ValueError(
+                f"{type(kept).__name__} treats each parameter alone. Use Adam, AdamW or SGD"
+            )
