@@ -8,7 +8,7 @@ next, and further steps on such batches replay.
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -100,10 +100,12 @@ class Capture:
 
     Args:
         stage: Where their game is played.
+        is_compiled: Whether to compile them.
     """
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, is_compiled: bool = False) -> None:
         self._stage = stage
+        self._is_compiled = is_compiled
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._num_unlike = 0
         self._warned: set[str] = set()
@@ -122,7 +124,7 @@ class Capture:
         """The lesson of a player in such steps, if it is recorded by now."""
         entry = self._entry(player, occasion)
         try:
-            self._update(entry, player, occasion.call)
+            self._update(entry, player, occasion)
         except CannotRecordError as error:
             entry.lesson, entry.is_refused = None, True
             self.warn(f"the lesson of the {player}", str(error))
@@ -150,7 +152,7 @@ class Capture:
         self._entries.move_to_end(key)
         return self._entries[key]
 
-    def _update(self, entry: _Entry, player: str, call: Call) -> None:
+    def _update(self, entry: _Entry, player: str, occasion: Occasion) -> None:
         """Records a lesson where that has to be done."""
         if entry.is_new:
             entry.is_new = False
@@ -164,12 +166,24 @@ class Capture:
         if not self._is_valid(entry.lesson):
             entry.lesson, entry.is_confirmed = None, False
         if not entry.is_confirmed:
-            lesson = self._record(player, call)
+            lesson = self._record(player, occasion.call)
             if entry.lesson is not None:
                 if not lesson.recording.agrees(entry.lesson.recording):
                     raise CannotRecordError(CHANGES)
                 entry.is_confirmed = True
+                lesson = self._compiled(lesson, player, occasion)
             entry.lesson = lesson
+
+    def _compiled(self, lesson: Lesson, player: str, occasion: Occasion) -> Lesson:
+        """The lesson, compiled if that is wanted and can be."""
+        if not self._is_compiled:
+            return lesson
+        try:
+            return replace(lesson, recording=lesson.recording.compiled(occasion.tensors))
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            self.warn(f"the lesson of the {player} as machine code", reason)
+            return lesson
 
     def _is_valid(self, lesson: Lesson | None) -> bool:
         return (

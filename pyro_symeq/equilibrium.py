@@ -56,6 +56,8 @@ class SymmetricEquilibrium(Game):
             from Python besides the shapes of its arguments and numbers among them, such as a
             weight that grows from step to step, stays as it was recorded: hand it over in a
             tensor. What can't be recorded runs as ever, with a warning that says why.
+            ``"compile"`` gives recordings to ``torch.compile``, too: half a minute for each kind
+            of batch, for kernels that are often twice as fast.
 
     Raises:
         TypeError: ``optim`` is neither a ``PyroOptim`` nor a pair of them.
@@ -99,7 +101,7 @@ class SymmetricEquilibrium(Game):
         encoder_steps: int = 1,
         encoder_warmup: int = 0,
         parameters: Mapping[str, Own] | None = None,
-        capture: bool = False,
+        capture: bool | Literal["compile"] = False,
     ) -> None:
         if updates not in ("alternating", "simultaneous"):
             raise ValueError(f"Expected updates='alternating' or 'simultaneous', got {updates!r}.")

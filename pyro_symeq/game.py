@@ -180,8 +180,10 @@ class Game:
         players: Iterable[Player],
         *,
         updates: Updates = "alternating",
-        capture: bool = False,
+        capture: bool | Literal["compile"] = False,
     ) -> None:
+        if capture not in (True, False, "compile"):
+            raise ValueError(f"Expected capture=True, False or 'compile', got {capture!r}.")
         self._by_name = _by_name(players)
         self.players = tuple(self._by_name.values())
         self.updates = updates
@@ -191,7 +193,7 @@ class Game:
             raise ValueError("No player has a utility, so nobody learns. Give one to some player.")
         self._schedule = tuple(self._moves(updates))
         self._strategies = {
-            player.name: Strategy(player.name, player.optim, capture)
+            player.name: Strategy(player.name, player.optim, bool(capture))
             for player in self.players
             if player.optim is not None
         }
@@ -204,7 +206,7 @@ class Game:
             _claims(self.players),
         )
         self.capture = capture
-        self._capture = Capture(self._stage) if capture else None
+        self._capture = Capture(self._stage, capture == "compile") if capture else None
         self._graphs = self._step_graphs()
 
     def __repr__(self) -> str:

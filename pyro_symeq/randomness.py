@@ -1,12 +1,24 @@
 """The states of all random number generators that a program may draw from."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 import torch
 
 State = dict[str, Any]
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Lets all generators end as they were."""
+    state = get_state()
+    try:
+        yield
+    finally:
+        set_state(state)
 
 
 def get_state() -> State:

@@ -9,17 +9,22 @@ the Python numbers of the recorded run.
 import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyro_symeq import randomness
 from pyro_symeq.rehearsal import aside
+
+VIEWS = frozenset(
+    {torch.ops.aten.alias.default, torch.ops.aten.expand.default, torch.ops.aten.view.default}
+)
 
 Function = Callable[..., list[Tensor]]
 
@@ -34,6 +39,7 @@ class Recording:
 
     Args:
         operations: The operations, a program of the inputs and of the constants.
+        run: Runs them.
         constants: The tensors that the function reads besides its inputs: parameters, buffers,
             and others.
         names: The names of those parameters that Pyro keeps.
@@ -41,6 +47,7 @@ class Recording:
     """
 
     operations: GraphModule
+    run: Callable[..., list[Tensor]]
     constants: list[Tensor]
     names: list[tuple[Tensor, str | None]]
     modules: list[tuple[nn.Module, bool]]
@@ -54,7 +61,19 @@ class Recording:
             for kind in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
-            return self.operations.forward(*inputs, *self.constants)
+            return self.run(*inputs, *self.constants)
+
+    def compiled(self, inputs: Sequence[Tensor]) -> "Recording":
+        """The same operations as machine code, by ``torch.compile``.
+
+        Raises:
+            Exception: There is no compiler, or it doesn't know an operation.
+        """
+        compiled = replace(self, run=torch.compile(self.operations, dynamic=False))
+        trial = replace(compiled, constants=[x.clone() for x in self.constants])
+        with randomness.kept():
+            trial(*inputs)  # which compiles
+        return compiled
 
     def reads(self, i: int) -> bool:
         """Whether the operations make use of an input."""
@@ -110,6 +129,7 @@ def record(function: Function, inputs: Sequence[Tensor]) -> Recording:
         raise CannotRecordError(f"{type(error).__name__}: {reason}") from error
     finally:
         hook.remove()
+    _leave_out_idle_views(traced.graph)
     constants = _lift_constants(traced)
     traced.graph.eliminate_dead_code(_is_impure)
     traced.recompile()
@@ -117,6 +137,7 @@ def record(function: Function, inputs: Sequence[Tensor]) -> Recording:
     leaves = [x for x in constants if x.requires_grad]
     return Recording(
         traced,
+        traced.forward,
         [x.detach() for x in constants],
         [(leaf, store.param_name(leaf)) for leaf in leaves],
         list(modules.items()),
@@ -126,6 +147,16 @@ def record(function: Function, inputs: Sequence[Tensor]) -> Recording:
 def _python_state() -> tuple[object, bytes, object]:
     kind, keys, *rest = np.random.get_state()
     return random.getstate(), np.asarray(keys).tobytes(), (kind, *rest)
+
+
+def _leave_out_idle_views(graph: Graph) -> None:
+    """Leaves out views of a tensor that are as it is, of which distributions make many."""
+    for node in graph.nodes:
+        if node.target in VIEWS:
+            source = node.args[0]
+            was, is_ = (x.meta.get("tensor_meta") for x in (source, node))
+            if was and is_ and (was.shape, was.stride) == (is_.shape, is_.stride):
+                node.replace_all_uses_with(source)
 
 
 def _lift_constants(traced: GraphModule) -> list[Tensor]:

@@ -80,12 +80,8 @@ def rehearse(
 @contextmanager
 def aside() -> Iterator[None]:
     """Runs programs on the side: random states and module buffers end as they were."""
-    state = randomness.get_state()
-    try:
-        with buffers_kept():
-            yield
-    finally:
-        randomness.set_state(state)
+    with randomness.kept(), buffers_kept():
+        yield
 
 
 @contextmanager
