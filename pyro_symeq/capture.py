@@ -9,6 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from pyro_symeq.batch import Batch, batches
 from pyro_symeq.binding import Call, Path, leaves, put
 from pyro_symeq.ownership import Parameters
-from pyro_symeq.play import Ascent, Stage
+from pyro_symeq.play import Ascent, Stage, ascent
 from pyro_symeq.recording import CannotRecordError, Recording, record
 
 NUM_KEPT = 64
@@ -193,17 +194,17 @@ class Capture:
         )
 
     def _record(self, player: str, call: Call) -> Lesson:
-        ascents: list[Ascent] = []
+        ways: list[Ascent] = []
 
         def learn(*inputs: Tensor) -> list[Tensor]:
-            ascent = self._stage.score(player, _with_tensors(call, inputs)).ascent()
-            ascents.append(ascent)
-            return [ascent.utility, *(x for x in ascent.gradients if x is not None)]
+            way = ascent(partial(self._stage.score, player), _with_tensors(call, inputs))
+            ways.append(way)
+            return [way.utility, *(x for x in way.gradients if x is not None)]
 
         num_changes = self._stage.owners.num_changes
         recording = record(learn, [leaf for _, _, leaf in _places(call)])
-        has_gradient = [x is not None for x in ascents[-1].gradients]
-        return Lesson(recording, ascents[-1].parameters, has_gradient, num_changes)
+        has_gradient = [x is not None for x in ways[-1].gradients]
+        return Lesson(recording, ways[-1].parameters, has_gradient, num_changes)
 
 
 def _with_tensors(call: Call, others: Sequence[Tensor]) -> Call:

@@ -29,7 +29,7 @@ from pyro_symeq.capture import Capture, Occasion
 from pyro_symeq.graphs import Rounds, StepGraphs
 from pyro_symeq.loss import GameLoss, loss_of
 from pyro_symeq.ownership import NOTHING_TO_LEARN, Parameters
-from pyro_symeq.play import Ascent, Score, Stage, Utility, is_awaited
+from pyro_symeq.play import Ascent, Score, Stage, Utility, ascent, is_awaited
 from pyro_symeq.rehearsal import aside, buffers_kept
 from pyro_symeq.strategy import State, Strategy
 
@@ -403,7 +403,7 @@ class Game:
         capture = self._capture
         occasion = None if capture is None else capture.occasion(call)
         if capture is None or occasion is None:
-            return self._move(rounds, lambda name: self._score(name, call).ascent())
+            return self._move(rounds, lambda name: ascent(partial(self._score, name), call))
         graph = None if self._graphs is None else self._graphs.find(occasion, rounds)
         if graph is None:
             return self._move(rounds, partial(self._recalled, capture, occasion))
@@ -414,20 +414,19 @@ class Game:
         utilities = {}
         for names in rounds:
             ascents = [ascend(name) for name in names]
-            for name, ascent in zip(names, ascents, strict=True):
-                moves = ascent.parameters, ascent.gradients, ascent.found_inf
-                self._strategies[name].move(*moves)
-                utilities[name] = ascent.utility
+            for name, way in zip(names, ascents, strict=True):
+                self._strategies[name].move(way.parameters, way.gradients, way.found_inf)
+                utilities[name] = way.utility
         return utilities
 
     def _recalled(self, capture: Capture, occasion: Occasion, name: str) -> Ascent:
         """Where a player goes from where it stands, by its recorded lesson if there is one."""
         lesson = capture.lesson(name, occasion)
         if lesson is not None:
-            ascent = lesson(occasion.tensors)
-            if not is_awaited(ascent.utility) or math.isfinite(ascent.utility.item()):
-                return ascent
-        return self._score(name, occasion.call).ascent()
+            recalled = lesson(occasion.tensors)
+            if not is_awaited(recalled.utility) or math.isfinite(recalled.utility.item()):
+                return recalled
+        return ascent(partial(self._score, name), occasion.call)
 
     def _utilities(self, call: Call, names: Collection[str]) -> dict[str, Tensor]:
         with torch.no_grad():

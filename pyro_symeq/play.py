@@ -334,6 +334,33 @@ class Score:
         return list(torch.autograd.grad(-self.utility, leaves, allow_unused=True))
 
 
+def ascent(score: Callable[[Call], Score], call: Call) -> Ascent:
+    """Where a player goes by all batches of a step.
+
+    They are scored and differentiated one after another, so that one graph at a time takes memory.
+
+    Args:
+        score: Scores the player on a part of the step.
+        call: What the step was given.
+    """
+    first, *others = (score(((batch,), {})).ascent() for batch in batches(call))
+    if not others:
+        return first
+    parameters: Parameters = {}
+    gradients: dict[Tensor, Tensor | None] = {}
+    for part in (first, *others):
+        parameters |= part.parameters
+        for leaf, gradient in zip(part.parameters.values(), part.gradients, strict=True):
+            known = gradients.get(leaf)
+            gradients[leaf] = gradient if known is None else _plus(known, gradient)
+    utility = sum((part.utility for part in others), first.utility)
+    return Ascent(utility, parameters, [gradients[leaf] for leaf in parameters.values()])
+
+
+def _plus(known: Tensor, gradient: Tensor | None) -> Tensor:
+    return known if gradient is None else known + gradient
+
+
 def is_awaited(utility: Tensor) -> bool:
     """Whether the host looks at a utility before anybody moves, even if it has to wait."""
     return is_validation_enabled() or utility.device.type == "cpu"
