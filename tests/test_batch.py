@@ -1,5 +1,7 @@
 """Batches of different kinds make up a step."""
 
+import weakref
+
 import pyro
 import pytest
 import torch
@@ -67,3 +69,49 @@ def test_batches_and_plain_arguments_do_not_mix(call):
 def test_bad_weights_are_refused(weight):
     with pytest.raises(ValueError, match="finite weight of at least 0"):
         Batch(X).weighted(weight)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_parts_of_a_batch_make_the_steps_of_the_whole(capture, device):
+    """All is observed and draws don't matter: the decoder's steps are those of one batch."""
+    ends = []
+    for parts in (1, 3):
+        pyro.set_rng_seed(0)
+        ladder = Ladder().to(device)
+        options = {"supervise_encoder": False, "capture": capture}
+        symeq = SymmetricEquilibrium(ladder.model, ladder.guide, SGD({"lr": 0.01}), **options)
+        x, z0, z1 = (torch.cat([known, 1 - known, known]).to(device) for known in (X, Z0, Z1))
+        splits = zip(x.chunk(parts), z0.chunk(parts), z1.chunk(parts), strict=True)
+        batches = [Batch(*part) for part in splits]
+        utilities = [symeq.step(*batches).decoder for _ in range(5)]
+        ends.append((utilities, [leaf.detach().clone() for leaf in ladder.theta]))
+        pyro.clear_param_store()
+    (whole, theta), (summed, theta_of_parts) = ends
+    assert summed == pytest.approx(whole)
+    for mine, theirs in zip(theta_of_parts, theta, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_one_graph_at_a_time_takes_memory():
+    """What is saved for backward passes is freed before the next batch is scored."""
+    alive, peak = weakref.WeakSet(), 0
+
+    class Saved:
+        def __init__(self, value):
+            nonlocal peak
+            self.value = value.detach()
+            alive.add(self)
+            peak = max(peak, len(alive))
+
+    peaks = []
+    for parts in (1, 8):
+        ladder, peak = Ladder(), 0
+        symeq = SymmetricEquilibrium(ladder.model, ladder.guide, SGD({"lr": 0.01}))
+        batches = [Batch(X)] * parts
+        symeq.step(*batches)
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.value):
+            peak = 0
+            symeq.step(*batches)
+        peaks.append(peak)
+        pyro.clear_param_store()
+    assert peaks[0] == peaks[1] > 0
