@@ -8,7 +8,6 @@ Run ``python benchmarks/chains.py``.
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from memory import resident_peak
 from pyro_symeq import LimitingDistribution
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.peak:
         run(options.chains, options.rounds, options.device)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(resident_peak())
         return
     compare(options.chains, options.rounds, options.device)
     for rounds in (options.rounds // 10, options.rounds):

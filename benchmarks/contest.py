@@ -2,17 +2,16 @@
 
 import gc
 import multiprocessing
-import resource
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 
 import pyro
 import torch
 
 from ladders import convolutional, dense
 from markov import Chain
+from memory import resident_peak
 from pairs import Pair
 from results import Comparison, Setting
 from rivals import RIVALS
@@ -120,17 +119,4 @@ def _peak(rival: str, setting: Setting) -> float:
             step()
     if setting.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return _resident_peak()
-
-
-def _resident_peak() -> float:
-    """The peak of this process (MiB).
-
-    ``getrusage`` stands in where Linux's own figure is missing: there, its figure is that of the
-    process that started this one, if that is higher.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**10
+    return resident_peak()

@@ -90,6 +90,11 @@ def captured(pair: Pair, num_particles: int) -> Step:
     return symeq(pair, num_particles, capture=True)
 
 
+def compiled(pair: Pair, num_particles: int) -> Step:
+    """The same, captured and compiled."""
+    return symeq(pair, num_particles, capture="compile")
+
+
 def vectorized(pair: Pair, num_particles: int) -> Step:
     """The same, with all particles in one run of the guide and of the model."""
     return symeq(pair, num_particles, vectorize=True)
@@ -146,6 +151,7 @@ RIVALS = {
     HAND: Rival("by hand, plain PyTorch", hand),
     "symeq": Rival("SymmetricEquilibrium", symeq),
     "capture": Rival("SymmetricEquilibrium, captured", captured),
+    "compile": Rival("SymmetricEquilibrium, compiled", compiled),
     "vectorized": Rival("SymmetricEquilibrium, vectorised", vectorized),
     "module": Rival("SymmetricUtility as a module", module),
     "svi": Rival("SVI, Trace_ELBO, relaxed bits", svi),

@@ -76,7 +76,9 @@ def measure(options: argparse.Namespace) -> Results:
     results = Results(environment(options.device))
     print(*(f"{name} {value}" for name, value in results.environment.items()), sep=", ")
     for experiment in options.only:
-        rivals = [rival for rival in EXPERIMENTS[experiment] if rival in RIVALS]
+        rivals = list(EXPERIMENTS[experiment])
+        if options.full and experiment in ("dense", "conv"):
+            rivals.insert(rivals.index("capture") + 1, "compile")
         seconds = SECONDS[experiment] * (FULL if options.full else 1)
         with_memory = experiment in ("dense", "conv")
         settings = list(plan(experiment, options))
@@ -101,7 +103,9 @@ def profiled(options: argparse.Namespace) -> None:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the options of the program."""
     parser = argparse.ArgumentParser(description="Times training steps of rivals, in turn.")
-    parser.add_argument("--full", action="store_true", help="all sweeps, and six times as long")
+    parser.add_argument(
+        "--full", action="store_true", help="all sweeps, compiled steps too, and six times as long"
+    )
     parser.add_argument(
         "--only",
         nargs="+",
