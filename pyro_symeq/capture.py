@@ -20,7 +20,7 @@ from pyro_symeq.batch import Batch, batches
 from pyro_symeq.binding import Call, Path, leaves, put
 from pyro_symeq.ownership import Parameters
 from pyro_symeq.play import Ascent, Stage, ascent
-from pyro_symeq.recording import CannotRecordError, Recording, record
+from pyro_symeq.recording import CannotRecord, Recording, record
 
 NUM_KEPT = 64
 
@@ -117,7 +117,7 @@ class Capture:
             return None
         try:
             return Occasion(call, [leaf for _, _, leaf in _places(call)], _kind_of(call))
-        except CannotRecordError as error:
+        except CannotRecord as error:
             self.warn("the step", str(error))
             return None
 
@@ -126,7 +126,7 @@ class Capture:
         entry = self._entry(player, occasion)
         try:
             self._update(entry, player, occasion)
-        except CannotRecordError as error:
+        except CannotRecord as error:
             entry.lesson, entry.is_refused = None, True
             self.warn(f"the lesson of the {player}", str(error))
         return entry.lesson
@@ -170,7 +170,7 @@ class Capture:
             lesson = self._record(player, occasion.call)
             if entry.lesson is not None:
                 if not lesson.recording.agrees(entry.lesson.recording):
-                    raise CannotRecordError(CHANGES)
+                    raise CannotRecord(CHANGES)
                 entry.is_confirmed = True
                 lesson = self._compiled(lesson, player, occasion)
             entry.lesson = lesson
@@ -250,7 +250,7 @@ def _kind(leaf: Any, storages: dict[int, int]) -> Hashable:
     try:
         hash(leaf)
     except TypeError as error:
-        raise CannotRecordError(
+        raise CannotRecord(
             f"an argument is of type {type(leaf).__name__}, whose changes can't be seen. Pass a "
             "tensor"
         ) from error

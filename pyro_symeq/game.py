@@ -274,9 +274,9 @@ class Game:
             if is_validation_enabled():
                 for name in _names(rounds if watched else rounds[:-1]):
                     stack.enter_context(self._strategies[name].undone_on_error())
-            utilities = self._moved(call, rounds) | self._utilities(call, watched)
+            loss = self._loss(self._moved(call, rounds) | self._utilities(call, watched))
         self.num_steps += 1
-        return self._loss(utilities)
+        return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> GameLoss:
         r"""Estimates the loss :math:`-\sum_i u_i` (nats); nothing moves, buffers neither.

@@ -17,6 +17,7 @@ from pyro_symeq.binding import copied
 from pyro_symeq.capture import Capture, Lesson, Occasion
 from pyro_symeq.grouped import Merged, torch_optimizer
 from pyro_symeq.play import Ascent
+from pyro_symeq.recording import CannotRecord
 from pyro_symeq.strategy import Strategy
 
 NUM_KEPT = 8
@@ -31,6 +32,7 @@ class StepGraph:
     Args:
         step: Takes a step on the tensors of such batches, and returns the utilities.
         tensors: Such tensors.
+        device: Where the step is taken.
         pool: The memory that graphs share.
     """
 
@@ -38,21 +40,24 @@ class StepGraph:
         self,
         step: Callable[[Sequence[Tensor]], dict[str, Tensor]],
         tensors: Sequence[Tensor],
+        device: torch.device,
         pool: Any,
     ) -> None:
+        self._device = device
         self._inputs = [copied(x.detach()) for x in tensors]
-        self._graph = torch.cuda.CUDAGraph()
-        recorder = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
-        with pyro.validation_enabled(False), recorder:
-            self._utilities = step(self._inputs)
+        with torch.cuda.device(device), pyro.validation_enabled(False):
+            self._graph = torch.cuda.CUDAGraph()
+            # Other threads, a loader's say, may go on using the device.
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                self._utilities = step(self._inputs)
 
     def __call__(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Takes a step on others, without waiting for it."""
-        with torch.no_grad():
+        with torch.cuda.device(self._device), torch.no_grad():
             for place, x in zip(self._inputs, tensors, strict=True):
                 place.copy_(x, non_blocking=True)
-        self._graph.replay()
-        return {name: utility.clone() for name, utility in self._utilities.items()}
+            self._graph.replay()
+            return {name: utility.clone() for name, utility in self._utilities.items()}
 
 
 @dataclass(frozen=True)
@@ -116,36 +121,44 @@ class StepGraphs:
         graph = None
         try:
             merged = [self._strategies[n].merged(x.parameters) for n, x in lessons.items()]
-            _check(tensors, lessons.values(), merged)
+            device = _device_of(tensors, lessons.values(), merged)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = StepGraph(
                 lambda inputs: self._move(rounds, lambda name: lessons[name](inputs)),
                 tensors,
+                device,
                 self._pool,
             )
         except Exception as error:
+            for leaf in (leaf for one in merged for leaf in one.leaves):
+                leaf.grad = None
             reason = str(error).strip().split("\n")[0]
-            self._capture.warn("the whole step, but each player's lesson", reason)
+            self._capture.warn("the whole step, though each player's lesson", reason)
         return _Entry(graph, lessons, merged)
 
 
-def _check(
+def _device_of(
     tensors: Sequence[Tensor], lessons: Collection[Lesson], merged: Sequence[Merged]
-) -> None:
-    """Checks that a graph has all that a step needs on its device.
+) -> torch.device:
+    """The one device of all that a step needs.
 
     Raises:
-        ValueError: It lacks something.
+        CannotRecord: There are several, or an optimiser has no place in a graph.
     """
+    constants = [x for lesson in lessons for x in lesson.recording.constants]
+    device, *others = {x.device for x in constants if x.is_cuda}
+    if others:
+        raise CannotRecord(f"parameters lie on several devices, {device} and {others[0]}")
     for i, x in enumerate(tensors):
-        if x.device.type != "cuda" and any(lesson.recording.reads(i) for lesson in lessons):
-            raise ValueError(
-                f"an argument of shape {tuple(x.shape)} lies on the {x.device.type}, and the "
-                "parameters on cuda"
+        if x.device != device and any(lesson.recording.reads(i) for lesson in lessons):
+            raise CannotRecord(
+                f"an argument of shape {tuple(x.shape)} lies on {x.device}, and the parameters on "
+                f"{device}"
             )
     for one in merged:
         if one.alone:
             kept = torch_optimizer(one.optim.optim_objs[one.alone[0]])
-            raise ValueError(
+            raise CannotRecord(
                 f"{type(kept).__name__} treats each parameter alone. Use Adam, AdamW or SGD"
             )
+    return device

@@ -29,7 +29,7 @@ VIEWS = frozenset(
 Function = Callable[..., list[Tensor]]
 
 
-class CannotRecordError(Exception):
+class CannotRecord(Exception):
     """A function can't be recorded; the message says why."""
 
 
@@ -104,7 +104,7 @@ def record(function: Function, inputs: Sequence[Tensor]) -> Recording:
         inputs: Its inputs.
 
     Raises:
-        CannotRecordError: What the function does depends on the values of tensors, or it draws
+        CannotRecord: What the function does depends on the values of tensors, or it draws
             random numbers where replays can't.
     """
     modules: dict[nn.Module, bool] = {}
@@ -118,15 +118,15 @@ def record(function: Function, inputs: Sequence[Tensor]) -> Recording:
             before, on_cpu = _python_state(), torch.get_rng_state()
             traced = make_fx(function)(*inputs)
             if _python_state() != before:
-                raise CannotRecordError("it draws random numbers of Python or NumPy")
+                raise CannotRecord("it draws random numbers of Python or NumPy")
             is_elsewhere = any(x.device.type != "cpu" for x in inputs)
             if is_elsewhere and not torch.equal(on_cpu, torch.get_rng_state()):
-                raise CannotRecordError("it draws random numbers on the CPU")
-    except CannotRecordError:
+                raise CannotRecord("it draws random numbers on the CPU")
+    except CannotRecord:
         raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise CannotRecordError(f"{type(error).__name__}: {reason}") from error
+        raise CannotRecord(f"{type(error).__name__}: {reason}") from error
     finally:
         hook.remove()
     _leave_out_idle_views(traced.graph)

@@ -17,7 +17,7 @@ class Replay:
 
     captured: list["Replay"] = []
 
-    def __init__(self, step, tensors, pool):
+    def __init__(self, step, tensors, device, pool):
         self.step = step
         self.inputs = [x.clone() for x in tensors]
         self.num_replays = 0
@@ -34,7 +34,7 @@ class Replay:
 def stand_in(monkeypatch):
     Replay.captured = []
     monkeypatch.setattr(graphs, "StepGraph", Replay)
-    monkeypatch.setattr(graphs, "_check", lambda *_: None)
+    monkeypatch.setattr(graphs, "_device_of", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(Lesson, "is_on_cuda", True)
     monkeypatch.setattr(
