@@ -272,7 +272,8 @@ class Game:
         self._check_learnable(call, moving, watched)
         with ExitStack() as stack:
             if is_validation_enabled():
-                for name in _names(rounds if watched else rounds[:-1]):
+                may_fail_later = watched or len(rounds[-1]) > 1
+                for name in _names(rounds if may_fail_later else rounds[:-1]):
                     stack.enter_context(self._strategies[name].undone_on_error())
             loss = self._loss(self._moved(call, rounds) | self._utilities(call, watched))
         self.num_steps += 1

@@ -156,9 +156,10 @@ def _device_of(
                 f"{device}"
             )
     for one in merged:
-        if one.alone:
-            kept = torch_optimizer(one.optim.optim_objs[one.alone[0]])
+        if one.unfused:
+            kept = torch_optimizer(one.optim.optim_objs[one.unfused[0]])
             raise CannotRecord(
-                f"{type(kept).__name__} treats each parameter alone. Use Adam, AdamW or SGD"
+                f"the steps of {type(kept).__name__} aren't fused. Use Adam, AdamW, or SGD without "
+                "momentum"
             )
     return device

@@ -28,6 +28,7 @@ ELEMENTWISE = FUSED | {
     optim.RMSprop,
     optim.Rprop,
 }
+SCHEDULERS = (optim.lr_scheduler.LRScheduler, optim.lr_scheduler.ReduceLROnPlateau)
 CALLS = (PyroOptim.__call__, PyroLRScheduler.__call__)
 NUM_KEPT = 8  # sets of parameters: batches of several kinds may touch several
 
@@ -55,6 +56,7 @@ class Grouped:
             leaves: The parameters.
             found_inf: A number on their device; fused optimisers stay where they are if it's 1.
         """
+        _lay_out_gradients(leaves)
         if type(self.optim).__call__ not in CALLS:
             self.optim(leaves)
             return
@@ -74,6 +76,19 @@ class Grouped:
         return merged
 
 
+def _lay_out_gradients(leaves: Sequence[Tensor]) -> None:
+    """Puts gradients into the layout of their parameters, each in memory of its own.
+
+    What ``torch.autograd.grad`` returns may be expanded or transposed, and one for several leaves.
+    """
+    places: set[int] = set()
+    for leaf in leaves:
+        if leaf.grad is not None and not leaf.grad.is_sparse:
+            if leaf.grad.stride() != leaf.stride() or leaf.grad.data_ptr() in places:
+                leaf.grad = torch.empty_like(leaf).copy_(leaf.grad)
+            places.add(leaf.grad.data_ptr())
+
+
 def torch_optimizer(kept: Any) -> Optimizer:
     """What a ``PyroOptim`` keeps for a parameter, without the scheduler that may be around it."""
     return getattr(kept, "optimizer", kept)
@@ -89,6 +104,7 @@ class _Member:
         own: Its own optimiser.
         settings: The settings of that.
         state: The state of that.
+        stride: How the parameter lay in memory.
     """
 
     leaf: Tensor
@@ -96,12 +112,15 @@ class _Member:
     own: Optimizer
     settings: Settings
     state: dict[str, Any]
+    stride: tuple[int, ...]
 
     def is_kept(self, optim: PyroOptim) -> bool:
-        """Whether nobody has exchanged its optimiser or its state."""
+        """Whether nobody has exchanged its optimiser or its state, or asks for another step."""
         return (
             optim.optim_objs.get(self.leaf) is self.kept
             and self.own.state.get(self.leaf) is self.state
+            and self.leaf.stride() == self.stride
+            and _can_be_merged(self.kept, self.leaf)
         )
 
 
@@ -122,17 +141,25 @@ class Merged:
         self.alone: list[Tensor] = []
         self._groups: list[tuple[Settings, list[_Member]]] = []
         self._optimizers: list[Optimizer] = []
-        kinds: dict[type[Optimizer], list[_Member]] = {}
+        kinds: dict[tuple[type[Optimizer], bool], list[_Member]] = {}
         for leaf in leaves:
             kept = optim.optim_objs[leaf]
-            own = torch_optimizer(kept)
-            if not _can_be_merged(own, leaf):
+            if not _can_be_merged(kept, leaf):
                 self.alone.append(leaf)
                 continue
-            member = _Member(leaf, kept, own, dict(own.param_groups[0]), own.state[leaf])
-            kinds.setdefault(type(own), []).append(member)
-        for kind, members in kinds.items():
-            self._merge(kind, members, is_captured)
+            own = torch_optimizer(kept)
+            settings = dict(own.param_groups[0])
+            member = _Member(leaf, kept, own, settings, own.state[leaf], leaf.stride())
+            is_fused = type(own) in FUSED and _may_be_fused(settings, leaf)
+            kinds.setdefault((type(own), is_fused), []).append(member)
+        for (kind, is_fused), members in kinds.items():
+            self._merge(kind, members, is_fused, is_captured)
+
+    @property
+    def unfused(self) -> list[Tensor]:
+        """The parameters whose optimisers are not fused."""
+        groups = ((settings.get("fused"), members) for settings, members in self._groups)
+        return self.alone + [m.leaf for fused, members in groups if not fused for m in members]
 
     def is_of(self, leaves: Sequence[Tensor]) -> bool:
         """Whether these parameters were merged, and nothing has changed but learning rates."""
@@ -164,7 +191,9 @@ class Merged:
         if all(map(operator.eq, settings, (member.settings for member in members))):
             return True
         lr = settings[0]["lr"]
-        if any(s != m.settings | {"lr": lr} for s, m in zip(settings, members, strict=True)):
+        if isinstance(lr, Tensor) or any(
+            s != m.settings | {"lr": lr} for s, m in zip(settings, members, strict=True)
+        ):
             return False
         for member in members:
             member.settings["lr"] = lr
@@ -174,20 +203,24 @@ class Merged:
             group["lr"] = lr
         return True
 
-    def _merge(self, kind: type[Optimizer], members: list[_Member], is_captured: bool) -> None:
+    def _merge(
+        self,
+        kind: type[Optimizer],
+        members: list[_Member],
+        is_fused: bool,
+        is_captured: bool,
+    ) -> None:
         alike: list[tuple[Settings, list[_Member]]] = []
         for member in members:
             settings = {key: x for key, x in member.settings.items() if key != "params"}
-            if kind in FUSED and _may_be_fused(settings, member.leaf):
-                settings["fused"] = True
             same = next((group for given, group in alike if given == settings), None)
             if same is None:
                 alike.append((settings, [member]))
             else:
                 same.append(member)
-        for settings, group in alike:
-            if settings.get("fused"):
-                _prepare_fused(settings, group, is_captured)
+        if is_fused:
+            for settings, group in alike:
+                _fuse(settings, group, is_captured)
         optimizer = kind(  # type: ignore[call-arg]
             [{**settings, "params": [m.leaf for m in group]} for settings, group in alike]
         )
@@ -199,29 +232,45 @@ class Merged:
         ]
 
 
-def _can_be_merged(own: Optimizer, leaf: Tensor) -> bool:
-    hooks = (own._optimizer_step_pre_hooks, own._optimizer_step_post_hooks)
+def _can_be_merged(kept: Any, leaf: Tensor) -> bool:
+    own = torch_optimizer(kept)
     return (
         type(own) in ELEMENTWISE
-        and not any(hooks)
+        and (own is kept or isinstance(kept, SCHEDULERS))
+        and not (own._optimizer_step_pre_hooks or own._optimizer_step_post_hooks)
+        and not isinstance(own.param_groups[0]["lr"], Tensor)
         and not (leaf.grad is not None and leaf.grad.is_sparse)
     )
 
 
 def _may_be_fused(settings: Settings, leaf: Tensor) -> bool:
-    """Whether the user leaves the way of stepping open, and there is a kernel for it."""
-    is_open = not any(settings.get(key) for key in ("foreach", "fused", "differentiable"))
-    return is_open and leaf.is_floating_point() and leaf.device.type in ("cpu", "cuda")
+    """Whether the user leaves the way of stepping open, and there is a kernel for it.
+
+    The kernels go over memory without gaps. That of SGD can't have momentum for some parameters
+    and not yet for others.
+    """
+    return (
+        settings["foreach"] is None
+        and settings["fused"] is None
+        and not settings["differentiable"]
+        and not settings.get("momentum")
+        and leaf.is_floating_point()
+        and leaf.device.type in ("cpu", "cuda")
+        and leaf.stride() == torch.empty_like(leaf).stride()
+    )
 
 
-def _prepare_fused(settings: Settings, members: list[_Member], is_captured: bool) -> None:
-    """Puts what a fused kernel reads where it reads it."""
+def _fuse(settings: Settings, members: list[_Member], is_captured: bool) -> None:
+    """Puts what a fused kernel reads where and how it reads it."""
+    settings["fused"] = True
     device = members[0].leaf.device
     if is_captured and device.type == "cuda":
-        settings["lr"] = torch.as_tensor(settings["lr"], dtype=torch.float32, device=device)
+        settings["lr"] = torch.tensor(settings["lr"], dtype=torch.float32, device=device)
         if "capturable" in settings:
             settings["capturable"] = True
     for member in members:
-        if "step" in member.state:
-            step = member.state["step"]
-            member.state["step"] = step.to(member.leaf.device, torch.float32)
+        for key, value in member.state.items():
+            if key == "step":
+                member.state[key] = value.to(member.leaf.device, torch.float32)
+            elif isinstance(value, Tensor) and value.stride() != member.stride:
+                member.state[key] = torch.empty_like(member.leaf, dtype=value.dtype).copy_(value)

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from numbers import Real
 from typing import Any, TypeVar, cast
 
-import torch
+import numpy as np
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 __all__ = ["GameLoss", "SymmetricLoss"]
 
@@ -28,6 +30,8 @@ class GameLoss(float):
     utilities: dict[str, float]
 
     def __new__(cls: type[Loss], utilities: Mapping[str, float]) -> Loss:  # noqa: D102
+        if isinstance(utilities, Real):  # `statistics` makes means of losses by their type
+            return cast(Loss, float(utilities))
         loss = super().__new__(cls, -sum(utilities.values()))
         loss.utilities = dict(utilities)
         return loss
@@ -54,7 +58,9 @@ class SymmetricLoss(GameLoss):
         (9.0, -7.0, 10.0)
     """
 
-    def __new__(cls, decoder: float, encoder: float) -> "SymmetricLoss":  # noqa: D102
+    def __new__(cls, decoder: float, encoder: float | None = None) -> "SymmetricLoss":  # noqa: D102
+        if encoder is None:
+            return super().__new__(cls, decoder)  # type: ignore[arg-type]
         return super().__new__(cls, {"decoder": decoder, "encoder": encoder})
 
     def __getnewargs__(self) -> tuple[float, float]:  # type: ignore[override]
@@ -110,9 +116,8 @@ class PendingLoss:
 
     @cached_property
     def _loss(self) -> GameLoss:
-        numbers = torch.stack([u.double() for u in self._utilities.values()]).tolist()
-        utilities = dict(zip(self._utilities, numbers, strict=True))
-        if not all(map(math.isfinite, numbers)):
+        utilities = {name: utility.item() for name, utility in self._utilities.items()}
+        if not all(map(math.isfinite, utilities.values())):
             raise ValueError(
                 f"Expected finite utilities, got {utilities}. This was seen when the loss was "
                 "read: with validation off, nobody waits for the device. Players with fused "
@@ -123,6 +128,16 @@ class PendingLoss:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loss, name)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return np.array(float(self._loss), *args, **kwargs)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def read(x: Any) -> Any:
+            return float(x) if type(x) is PendingLoss else x
+
+        return func(*tree_map(read, args), **tree_map(read, kwargs or {}))
 
     def __reduce__(self) -> Any:
         return self._kind.of, (self._loss.utilities,)

@@ -344,7 +344,7 @@ def log_probs(
 def terms(trace: Record, names: Iterable[str], masks: Mapping[str, Tensor]) -> Iterator[Term]:
     """The log-probabilities at random variables and factors, see :func:`log_probs`."""
     for site, mask in _counted(trace, names, masks):
-        yield Term(site, _log_prob(site, site["fn"]), mask)
+        yield Term(site, _log_prob(site), mask)
 
 
 def _counted(
@@ -361,26 +361,36 @@ def _counted(
             yield site, mask
 
 
-def _log_prob(site: Site, fn: Any) -> Tensor:
+def _log_prob(site: Site) -> Tensor:
+    """The log-probability at a site, with its batch shape."""
+    log_prob, num_dims = _elements(site)
+    return _sum(log_prob, num_dims) if num_dims else log_prob
+
+
+def _log_prob_sum(site: Site, mask: Tensor | bool | None) -> Tensor:
+    scale = site["scale"]
+    if mask is not None or isinstance(scale, Tensor):
+        return _sum(scale_and_mask(_log_prob(site), scale, mask))
+    return scale_and_mask(_sum(_elements(site)[0]), scale)
+
+
+def _elements(site: Site) -> tuple[Tensor, int]:
+    """The log-probabilities of independent parts, and over how many dimensions they are parts."""
+    fn, num_dims = site["fn"], 0
+    while isinstance(fn, Independent):
+        num_dims += fn.reinterpreted_batch_ndims
+        fn = fn.base_dist
     try:
-        return fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+        return fn.log_prob(site["value"], *site["args"], **site["kwargs"]), num_dims
     except ValueError as error:
         raise ValueError(f"No log-probability at site '{site['name']}': {error}") from error
 
 
-def _log_prob_sum(site: Site, mask: Tensor | bool | None) -> Tensor:
-    fn, scale = site["fn"], site["scale"]
-    if mask is not None or isinstance(scale, Tensor):
-        return _sum(scale_and_mask(_log_prob(site, fn), scale, mask))
-    while isinstance(fn, Independent):  # a sum over rows of sums is a sum
-        fn = fn.base_dist
-    return scale_and_mask(_sum(_log_prob(site, fn)), scale)
-
-
-def _sum(log_prob: Tensor) -> Tensor:
-    """Sums in single precision at least."""
+def _sum(log_prob: Tensor, num_dims: int | None = None) -> Tensor:
+    """Sums over the last dimensions, or over all, in single precision at least."""
     is_coarse = log_prob.dtype in (torch.float16, torch.bfloat16)
-    return log_prob.sum(dtype=torch.float32 if is_coarse else None)
+    dims = None if num_dims is None else tuple(range(-num_dims, 0))
+    return log_prob.sum(dims, dtype=torch.float32 if is_coarse else None)
 
 
 def counting(site: Site) -> Tensor | None:

@@ -70,11 +70,13 @@ class Strategy:
             for leaf in by_leaf:
                 if leaf not in self._before:
                     self._before[leaf] = leaf.detach().clone(), self._memory(leaf)
-        for leaf, gradient in by_leaf.items():
-            leaf.grad = gradient
-        self.grouped(list(by_leaf), found_inf)
-        for leaf in by_leaf:
-            leaf.grad = None
+        try:
+            for leaf, gradient in by_leaf.items():
+                leaf.grad = gradient
+            self.grouped(list(by_leaf), found_inf)
+        finally:
+            for leaf in by_leaf:
+                leaf.grad = None
 
     def merged(self, parameters: Mapping[str, Tensor]) -> Merged:
         """The optimisers of parameters that have moved, merged."""
