@@ -5,16 +5,21 @@ recorded. If the two recordings agree, nothing in the programs has changed from 
 next, and further steps on such batches replay.
 """
 
+import dataclasses
+import inspect
+import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import partial
+from types import FrameType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from pyro.poutine.runtime import am_i_wrapped
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_symeq.batch import Batch, batches
 from pyro_symeq.binding import Call, Path, leaves, put
@@ -23,6 +28,19 @@ from pyro_symeq.play import Ascent, Stage, ascent
 from pyro_symeq.recording import CannotRecord, Recording, record
 
 NUM_KEPT = 64
+FIXED = (
+    bool,
+    bytes,
+    int,
+    str,
+    type(None),
+    Enum,
+    FunctionType,
+    MethodType,
+    nn.Module,
+    torch.device,
+    torch.dtype,
+)
 
 CHANGES = (
     "what the programs do changes from step to step, by numbers or tensors that they take from "
@@ -71,8 +89,15 @@ class Lesson:
         return any(leaf.is_cuda for leaf in self.parameters.values())
 
     def __call__(self, tensors: Sequence[Tensor]) -> Ascent:
-        """Replays it on the tensors of such batches."""
-        utility, *gradients = self.recording(*tensors)
+        """Replays it on the tensors of such batches.
+
+        Raises:
+            CannotRecord: An operation fails, as none did when it was recorded.
+        """
+        try:
+            utility, *gradients = self.recording(*tensors)
+        except Exception as error:
+            raise CannotRecord(f"its replay fails, {type(error).__name__}") from error
         rest = iter(gradients)
         return Ascent(
             utility, self.parameters, [next(rest) if has else None for has in self.has_gradient]
@@ -122,14 +147,20 @@ class Capture:
             return None
 
     def lesson(self, player: str, occasion: Occasion) -> Lesson | None:
-        """The lesson of a player in such steps, if it is recorded by now."""
+        """The lesson of a player in such steps, if it is recorded by now.
+
+        Raises:
+            CannotRecord: It can't be recorded.
+        """
         entry = self._entry(player, occasion)
-        try:
-            self._update(entry, player, occasion)
-        except CannotRecord as error:
-            entry.lesson, entry.is_refused = None, True
-            self.warn(f"the lesson of the {player}", str(error))
+        self._update(entry, player, occasion)
         return entry.lesson
+
+    def refuse(self, player: str, occasion: Occasion, reason: CannotRecord) -> None:
+        """Records such lessons no more, since the programs run where a recording doesn't."""
+        entry = self._entry(player, occasion)
+        entry.lesson, entry.is_refused = None, True
+        self.warn(f"the lesson of the {player}", str(reason))
 
     def confirmed(self, player: str, occasion: Occasion) -> Lesson | None:
         """The lesson of a player in such steps, if it was recorded twice and stands."""
@@ -142,7 +173,8 @@ class Capture:
         """Warns, once for each reason, that something isn't captured."""
         if reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(f"Not captured: {what}, since {reason}.", stacklevel=6)
+            level = _stacklevel()
+            warnings.warn(f"Not captured: {what}, since {reason}.", stacklevel=level)
 
     def _entry(self, player: str, occasion: Occasion) -> _Entry:
         key = (player, occasion.kind)
@@ -164,8 +196,9 @@ class Capture:
         self._num_unlike = 0
         if entry.is_refused:
             return
-        if not self._is_valid(entry.lesson):
+        if entry.lesson is not None and not self._is_valid(entry.lesson):
             entry.lesson, entry.is_confirmed = None, False
+            return  # a run as ever sets up what is new
         if not entry.is_confirmed:
             lesson = self._record(player, occasion.call)
             if entry.lesson is not None:
@@ -193,6 +226,13 @@ class Capture:
             and lesson.recording.is_valid()
         )
 
+    def _modules(self) -> Iterator[nn.Module]:
+        """The modules whose methods are programs."""
+        for program in self._stage.programs.values():
+            owner = getattr(inspect.unwrap(program), "__self__", program)
+            if isinstance(owner, nn.Module):
+                yield from owner.modules()
+
     def _record(self, player: str, call: Call) -> Lesson:
         ways: list[Ascent] = []
 
@@ -202,7 +242,7 @@ class Capture:
             return [way.utility, *(x for x in way.gradients if x is not None)]
 
         num_changes = self._stage.owners.num_changes
-        recording = record(learn, [leaf for _, _, leaf in _places(call)])
+        recording = record(learn, [leaf for _, _, leaf in _places(call)], self._modules())
         has_gradient = [x is not None for x in ways[-1].gradients]
         return Lesson(recording, ways[-1].parameters, has_gradient, num_changes)
 
@@ -222,10 +262,7 @@ def _with_tensors(call: Call, others: Sequence[Tensor]) -> Call:
 def _kind_of(call: Call) -> Hashable:
     """Tells steps apart by all that isn't in the elements of their tensors."""
     storages: dict[int, int] = {}
-    parts = tuple(
-        (batch.weight, tuple((path, _kind(leaf, storages)) for path, leaf in leaves(batch.call)))
-        for batch in batches(call)
-    )
+    parts = tuple((batch.weight, _kind(batch.call, storages)) for batch in batches(call))
     precision = [torch.get_default_dtype()]
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):
@@ -240,18 +277,49 @@ def _places(call: Call) -> Iterator[tuple[int, Path, Tensor]]:
                 yield i, path, leaf
 
 
-def _kind(leaf: Any, storages: dict[int, int]) -> Hashable:
-    """What a step depends on besides the elements of a tensor: a number counts by its value."""
-    if isinstance(leaf, Tensor):
-        storage = leaf.untyped_storage().data_ptr()
-        start = storages.setdefault(storage, int(leaf.storage_offset()))
-        shared = list(storages).index(storage), leaf.storage_offset() - start
-        return shared, leaf.shape, leaf.stride(), leaf.dtype, leaf.device
-    try:
-        hash(leaf)
-    except TypeError as error:
-        raise CannotRecord(
-            f"an argument is of type {type(leaf).__name__}, whose changes can't be seen. Pass a "
-            "tensor"
-        ) from error
-    return type(leaf), leaf
+def _kind(tree: Any, storages: dict[int, int]) -> Hashable:
+    """What a step depends on besides the elements of tensors: numbers count by their value.
+
+    Raises:
+        CannotRecord: There is something whose changes can't be seen.
+    """
+    if isinstance(tree, Tensor):
+        return _tensor_kind(tree, storages)
+    if isinstance(tree, Mapping):
+        branches = tuple((key, _kind(branch, storages)) for key, branch in tree.items())
+        return type(tree), branches
+    if isinstance(tree, (tuple, list)):
+        return type(tree), tuple(_kind(branch, storages) for branch in tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = [field.name for field in dataclasses.fields(tree)]
+        return type(tree), tuple(_kind(getattr(tree, name), storages) for name in names)
+    if isinstance(tree, (float, complex)):
+        return type(tree), repr(tree)
+    if isinstance(tree, FIXED):
+        return type(tree), tree
+    raise CannotRecord(
+        f"an argument is of type {type(tree).__name__}, whose changes can't be seen. Pass a tensor"
+    )
+
+
+def _tensor_kind(x: Tensor, storages: dict[int, int]) -> Hashable:
+    if x.layout != torch.strided:
+        raise CannotRecord("an argument is a sparse tensor")
+    storage = x.untyped_storage().data_ptr()
+    start = storages.setdefault(storage, int(x.storage_offset()))
+    shared = list(storages).index(storage), int(x.storage_offset()) - start
+    bits = x.is_conj(), x.is_neg()
+    return shared, bits, type(x), x.shape, x.stride(), x.dtype, x.device
+
+
+def _stacklevel() -> int:
+    """How far up the stack the user's own code is."""
+    frame, level = sys._getframe(1).f_back, 2
+    while frame is not None and _is_ours(frame):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _is_ours(frame: FrameType) -> bool:
+    name = frame.f_globals.get("__name__", "")
+    return name.split(".")[0] == "pyro_symeq" or name == "torch.utils._contextlib"

@@ -30,6 +30,7 @@ from pyro_symeq.graphs import Rounds, StepGraphs
 from pyro_symeq.loss import GameLoss, loss_of
 from pyro_symeq.ownership import NOTHING_TO_LEARN, Parameters
 from pyro_symeq.play import Ascent, Score, Stage, Utility, ascent, is_awaited
+from pyro_symeq.recording import CannotRecord
 from pyro_symeq.rehearsal import aside, buffers_kept
 from pyro_symeq.strategy import State, Strategy
 
@@ -422,12 +423,19 @@ class Game:
 
     def _recalled(self, capture: Capture, occasion: Occasion, name: str) -> Ascent:
         """Where a player goes from where it stands, by its recorded lesson if there is one."""
-        lesson = capture.lesson(name, occasion)
-        if lesson is not None:
-            recalled = lesson(occasion.tensors)
-            if not is_awaited(recalled.utility) or math.isfinite(recalled.utility.item()):
-                return recalled
-        return ascent(partial(self._score, name), occasion.call)
+        reason = None
+        try:
+            lesson = capture.lesson(name, occasion)
+            if lesson is not None:
+                recalled = lesson(occasion.tensors)
+                if not is_awaited(recalled.utility) or math.isfinite(recalled.utility.item()):
+                    return recalled
+        except CannotRecord as error:
+            reason = error
+        way = ascent(partial(self._score, name), occasion.call)
+        if reason is not None:
+            capture.refuse(name, occasion, reason)
+        return way
 
     def _utilities(self, call: Call, names: Collection[str]) -> dict[str, Tensor]:
         with torch.no_grad():

@@ -68,16 +68,20 @@ class _Entry:
         graph: The graph, if there can be one.
         lessons: The lessons in it.
         merged: The optimisers in it.
+        versions: How often tensors on the CPU had changed, whose values are in the graph.
     """
 
     graph: StepGraph | None
     lessons: Mapping[str, Lesson]
     merged: Sequence[Merged]
+    versions: Sequence[int]
 
     def is_of(self, lessons: Mapping[str, Lesson]) -> bool:
         """Whether it was captured of these lessons, and its optimisers are as they were."""
-        return all(self.lessons[name] is lesson for name, lesson in lessons.items()) and all(
-            merged.is_of(merged.leaves) for merged in self.merged
+        return (
+            all(self.lessons[name] is lesson for name, lesson in lessons.items())
+            and all(merged.is_of(merged.leaves) for merged in self.merged)
+            and self.versions == _versions(lessons.values())
         )
 
 
@@ -134,7 +138,12 @@ class StepGraphs:
                 leaf.grad = None
             reason = str(error).strip().split("\n")[0]
             self._capture.warn("the whole step, though each player's lesson", reason)
-        return _Entry(graph, lessons, merged)
+        return _Entry(graph, lessons, merged, _versions(lessons.values()))
+
+
+def _versions(lessons: Collection[Lesson]) -> list[int]:
+    constants = (x for lesson in lessons for x in lesson.recording.constants)
+    return [x._version for x in constants if not x.is_cuda]
 
 
 def _device_of(
@@ -146,9 +155,11 @@ def _device_of(
         CannotRecord: There are several, or an optimiser has no place in a graph.
     """
     constants = [x for lesson in lessons for x in lesson.recording.constants]
-    device, *others = {x.device for x in constants if x.is_cuda}
-    if others:
-        raise CannotRecord(f"parameters lie on several devices, {device} and {others[0]}")
+    parameters = [leaf for lesson in lessons for leaf in lesson.parameters.values()]
+    devices = {x.device for x in constants if x.is_cuda} | {leaf.device for leaf in parameters}
+    if len(devices) > 1:
+        raise CannotRecord(f"parameters lie on several devices, {sorted(map(str, devices))}")
+    (device,) = devices
     for i, x in enumerate(tensors):
         if x.device != device and any(lesson.recording.reads(i) for lesson in lessons):
             raise CannotRecord(

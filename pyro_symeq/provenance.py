@@ -171,11 +171,14 @@ class follow(TorchFunctionMode):  # noqa: N801
             self._origins[id(value)] = value, origin
 
 
-def _changes(name: str, x: Tensor, result: Any) -> bool:
-    """Whether a function has changed its argument in place, as ``add_`` and ``x += 1`` do."""
+def may_change(name: str) -> bool:
+    """Whether a function may change its argument in place, as ``add_`` and ``x += 1`` do."""
     is_underscored = name.endswith("_") and not name.endswith("__")
-    is_augmented = name.startswith("__i") and result is x
-    return name == "__setitem__" or is_underscored or is_augmented
+    return name == "__setitem__" or is_underscored or name.startswith("__i")
+
+
+def _changes(name: str, x: Tensor, result: Any) -> bool:
+    return may_change(name) and (not name.startswith("__i") or result is x)
 
 
 def _outputs(result: Any) -> Iterator[tuple[int | None, Tensor]]:

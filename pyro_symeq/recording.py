@@ -7,9 +7,10 @@ the Python numbers of the recorded run.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyro
@@ -17,14 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import one_hot
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 
 from pyro_symeq import randomness
+from pyro_symeq.provenance import may_change, name_of
 from pyro_symeq.rehearsal import aside
 
-VIEWS = frozenset(
-    {torch.ops.aten.alias.default, torch.ops.aten.expand.default, torch.ops.aten.view.default}
-)
+aten = torch.ops.aten
+VIEWS = frozenset({aten.alias.default, aten.expand.default, aten.view.default})
+READS = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
 
 Function = Callable[..., list[Tensor]]
 
@@ -40,16 +44,20 @@ class Recording:
     Args:
         operations: The operations, a program of the inputs and of the constants.
         run: Runs them.
-        constants: The tensors that the function reads besides its inputs: parameters, buffers,
-            and others.
-        names: The names of those parameters that Pyro keeps.
+        sources: The tensors that the function reads besides its inputs: parameters, buffers, and
+            others.
+        constants: The same without a graph, where they lay.
+        names: The names of those that Pyro keeps as parameters.
+        learned: All parameters, and whether they were to be learned.
         modules: The modules that were called, and whether they were in training.
     """
 
     operations: GraphModule
     run: Callable[..., list[Tensor]]
+    sources: list[Tensor]
     constants: list[Tensor]
-    names: list[tuple[Tensor, str | None]]
+    names: dict[str, Tensor]
+    learned: list[tuple[Tensor, bool]]
     modules: list[tuple[nn.Module, bool]]
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
@@ -70,10 +78,13 @@ class Recording:
             Exception: There is no compiler, or it doesn't know an operation.
         """
         compiled = replace(self, run=torch.compile(self.operations, dynamic=False))
-        trial = replace(compiled, constants=[x.clone() for x in self.constants])
         with randomness.kept():
-            trial(*inputs)  # which compiles
+            compiled.tried(*inputs)  # which compiles
         return compiled
+
+    def tried(self, *inputs: Tensor) -> list[Tensor]:
+        """Does the operations on a copy of all tensors, of which some may change."""
+        return replace(self, constants=[x.clone() for x in self.constants])(*inputs)
 
     def reads(self, i: int) -> bool:
         """Whether the operations make use of an input."""
@@ -81,10 +92,13 @@ class Recording:
         return bool(inputs[i].users)
 
     def is_valid(self) -> bool:
-        """Whether the parameters are still those of their names, and no module has switched."""
-        name_of = pyro.get_param_store().param_name
-        return all(name_of(leaf) == name for leaf, name in self.names) and all(
-            module.training is training for module, training in self.modules
+        """Whether all tensors and parameters are still those, and no module has switched."""
+        kept = dict(pyro.get_param_store().named_parameters())
+        return (
+            all(kept.get(name) is leaf for name, leaf in self.names.items())
+            and all(module.training is training for module, training in self.modules)
+            and all(map(_is_in_place, self.sources, self.constants))
+            and all(x.requires_grad == is_learned for x, is_learned in self.learned)
         )
 
     def agrees(self, other: "Recording") -> bool:
@@ -96,52 +110,121 @@ class Recording:
         )
 
 
-def record(function: Function, inputs: Sequence[Tensor]) -> Recording:
+class _Watch(TorchFunctionMode):
+    """Watches the run that is recorded, and undoes what it changes.
+
+    It refuses what the host reads unseen, and computes one-hot codes without looking at them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changed: dict[Tensor, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in READS:
+            raise CannotRecord("the host reads the elements of a tensor")
+        if kwargs.get("generator") is not None:
+            raise CannotRecord("it draws by a generator of its own")
+        if func is one_hot:
+            return _one_hot(*args, **kwargs)
+        if args and isinstance(args[0], Tensor) and may_change(name_of(func)):
+            if args[0] not in self.changed:
+                self.changed[args[0]] = args[0].detach().clone()
+        return func(*args, **kwargs)
+
+    def undo(self, tensors: Iterable[Tensor]) -> None:
+        """Gives tensors that were changed in place the elements that they had."""
+        storages = {x.untyped_storage().data_ptr() for x in tensors}
+        for x, before in self.changed.items():
+            if x.untyped_storage().data_ptr() in storages:
+                x.detach().copy_(before)
+
+
+def record(
+    function: Function, inputs: Sequence[Tensor], modules: Iterable[nn.Module] = ()
+) -> Recording:
     """Records a function, on the side: random states and module buffers end as they were.
 
     Args:
         function: A function of tensors that returns tensors.
         inputs: Its inputs.
+        modules: Modules that it may use, besides those that it calls.
 
     Raises:
-        CannotRecord: What the function does depends on the values of tensors, or it draws
-            random numbers where replays can't.
+        CannotRecord: What the function does depends on the values of tensors, or it draws random
+            numbers where replays can't.
     """
-    modules: dict[nn.Module, bool] = {}
+    used = {module: module.training for module in modules}
+    outputs: list[Tensor] = []
+    watch = _Watch()
 
     def note(module: nn.Module, _: object) -> None:
-        modules.setdefault(module, module.training)
+        used.setdefault(module, module.training)
 
+    def noted(*aliases: Tensor) -> list[Tensor]:
+        outputs[:] = function(*aliases)
+        return outputs
+
+    aliases = [x.detach() for x in inputs]  # so that the programs' own tensors are no inputs
     hook = register_module_forward_pre_hook(note)
     try:
-        with aside(), pyro.validation_enabled(False):
-            before, on_cpu = _python_state(), torch.get_rng_state()
-            traced = make_fx(function)(*inputs)
-            if _python_state() != before:
+        with aside(), pyro.validation_enabled(False), watch:
+            python = _python_state()
+            traced = make_fx(noted)(*aliases)
+            drawn = randomness.get_state()
+            if _python_state() != python:
                 raise CannotRecord("it draws random numbers of Python or NumPy")
-            is_elsewhere = any(x.device.type != "cpu" for x in inputs)
-            if is_elsewhere and not torch.equal(on_cpu, torch.get_rng_state()):
-                raise CannotRecord("it draws random numbers on the CPU")
-    except CannotRecord:
-        raise
+        recording = _recording(traced, used)
+        watch.undo([*aliases, *recording.sources])
+        with randomness.kept():
+            _check_replay(recording.tried(*aliases), outputs, randomness.get_state(), drawn)
     except Exception as error:
+        watch.undo(watch.changed)
+        if isinstance(error, CannotRecord):
+            raise
         reason = str(error).strip().split("\n")[0]
         raise CannotRecord(f"{type(error).__name__}: {reason}") from error
     finally:
         hook.remove()
-    _leave_out_idle_views(traced.graph)
-    constants = _lift_constants(traced)
+    return recording
+
+
+def _recording(traced: GraphModule, modules: dict[nn.Module, bool]) -> Recording:
+    _refuse_unknown_shapes(traced.graph)
+    _leave_out_idle(traced.graph)
+    sources = _lift_constants(traced)
     traced.graph.eliminate_dead_code(_is_impure)
     traced.recompile()
-    store = pyro.get_param_store()
-    leaves = [x for x in constants if x.requires_grad]
+    used = {id(x) for x in sources}
+    kept = pyro.get_param_store().named_parameters()
     return Recording(
         traced,
         traced.forward,
-        [x.detach() for x in constants],
-        [(leaf, store.param_name(leaf)) for leaf in leaves],
+        sources,
+        [x.detach() for x in sources],
+        {name: leaf for name, leaf in kept if id(leaf) in used},
+        [(x, x.requires_grad) for x in sources if x.is_leaf],
         list(modules.items()),
     )
+
+
+def _check_replay(
+    replayed: Sequence[Tensor], outputs: Sequence[Tensor], state: Any, drawn: Any
+) -> None:
+    """Checks that a replay does what was recorded, from the same random states.
+
+    Raises:
+        CannotRecord: It does something else.
+    """
+    same = all(
+        torch.allclose(_dense(x), _dense(y), rtol=1e-3, atol=1e-5, equal_nan=True)
+        for x, y in zip(replayed, outputs, strict=True)
+    )
+    if not (same and torch.equal(state["torch"], drawn["torch"])):
+        raise CannotRecord("a replay of its operations does something else")
 
 
 def _python_state() -> tuple[object, bytes, object]:
@@ -149,10 +232,42 @@ def _python_state() -> tuple[object, bytes, object]:
     return random.getstate(), np.asarray(keys).tobytes(), (kind, *rest)
 
 
-def _leave_out_idle_views(graph: Graph) -> None:
-    """Leaves out views of a tensor that are as it is, of which distributions make many."""
+def _one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
+    """``one_hot``, which on the CPU looks whether all numbers are in range."""
+    if num_classes < 1:
+        return one_hot(x, num_classes)
+    return (x.unsqueeze(-1) == torch.arange(num_classes, device=x.device)).long()
+
+
+def _refuse_unknown_shapes(graph: Graph) -> None:
+    """Refuses operations whose outputs have as many elements as values say.
+
+    Raises:
+        CannotRecord: There is such an operation.
+    """
     for node in graph.nodes:
-        if node.target in VIEWS:
+        tags = getattr(node.target, "tags", ())
+        is_choosing = node.target is aten.index.Tensor and any(map(_is_mask, node.args[1]))
+        is_dynamic = (
+            torch.Tag.dynamic_output_shape in tags and node.target is not aten.index.Tensor
+        )
+        if is_choosing or is_dynamic:
+            raise CannotRecord("how many elements a tensor has depends on values")
+
+
+def _is_mask(index: Any) -> bool:
+    if not isinstance(index, Node):
+        return False
+    kept = getattr(index.graph.owning_module, str(index.target), index.meta.get("tensor_meta"))
+    return kept is None or kept.dtype in (torch.bool, torch.uint8)
+
+
+def _leave_out_idle(graph: Graph) -> None:
+    """Leaves out views of a tensor that are as it is, and checks for which the host waits."""
+    for node in list(graph.nodes):
+        if node.target is aten._linalg_check_errors.default:
+            graph.erase_node(node)
+        elif node.target in VIEWS:
             source = node.args[0]
             was, is_ = (x.meta.get("tensor_meta") for x in (source, node))
             if was and is_ and (was.shape, was.stride) == (is_.shape, is_.stride):
@@ -160,17 +275,26 @@ def _leave_out_idle_views(graph: Graph) -> None:
 
 
 def _lift_constants(traced: GraphModule) -> list[Tensor]:
-    """Makes inputs of the tensors that a program holds, and returns them."""
+    """Makes inputs of the tensors that a program holds, and returns them.
+
+    Raises:
+        CannotRecord: It holds something else.
+    """
+    graph = traced.graph
     constants: dict[str, Tensor] = {}
-    inputs: dict[str, Node] = {}
-    *_, last = (node for node in traced.graph.nodes if node.op == "placeholder")
-    for node in [node for node in traced.graph.nodes if node.op == "get_attr"]:
-        if node.target not in inputs:
-            constants[node.target] = getattr(traced, node.target)
-            with traced.graph.inserting_after(last):
-                inputs[node.target] = last = traced.graph.placeholder(f"c{len(inputs)}")
-        node.replace_all_uses_with(inputs[node.target])
-        traced.graph.erase_node(node)
+    places: dict[str, Node] = {}
+    last = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        constant = getattr(traced, node.target)
+        if not isinstance(constant, Tensor):
+            raise CannotRecord(f"it uses a {type(constant).__name__} of its own")
+        if node.target not in places:
+            first = next(iter(graph.nodes))
+            with graph.inserting_before(first) if last is None else graph.inserting_after(last):
+                places[node.target] = last = graph.placeholder(f"c{len(places)}")
+            constants[node.target] = constant
+        node.replace_all_uses_with(places[node.target])
+        graph.erase_node(node)
     return list(constants.values())
 
 
@@ -178,6 +302,14 @@ def _is_impure(node: Node) -> bool:
     """Whether a node has an effect. A draw has one, on what is drawn next."""
     tags = getattr(node.target, "tags", ())
     return node.is_impure() or torch.Tag.nondeterministic_seeded in tags
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.layout == torch.strided else x.to_dense()
+
+
+def _is_in_place(source: Tensor, constant: Tensor) -> bool:
+    return source.data_ptr() == constant.data_ptr()
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

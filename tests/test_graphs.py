@@ -35,6 +35,7 @@ def stand_in(monkeypatch):
     Replay.captured = []
     monkeypatch.setattr(graphs, "StepGraph", Replay)
     monkeypatch.setattr(graphs, "_device_of", lambda *_: None)
+    monkeypatch.setattr(graphs, "_versions", lambda lessons: [])
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(Lesson, "is_on_cuda", True)
     monkeypatch.setattr(
