@@ -60,11 +60,13 @@ class Occasion:
         call: What the step was given.
         tensors: The tensors in it.
         kind: What tells it from steps of other kinds.
+        number: How many came before.
     """
 
     call: Call
     tensors: Sequence[Tensor]
     kind: Hashable
+    number: int
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,14 @@ class _Entry:
     Args:
         is_new: Whether there was no such step before.
         lesson: The last recording.
-        is_confirmed: Whether the one before it agreed.
+        recorded_in: The number of the step in which it was recorded.
+        is_confirmed: Whether the one before it, of another step, agreed.
         is_refused: Whether it can't be recorded.
     """
 
     is_new: bool = True
     lesson: Lesson | None = None
+    recorded_in: int = -1
     is_confirmed: bool = False
     is_refused: bool = False
 
@@ -133,6 +137,7 @@ class Capture:
         self._stage = stage
         self._is_compiled = is_compiled
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._num_occasions = 0
         self._num_unlike = 0
         self._warned: set[str] = set()
 
@@ -140,8 +145,10 @@ class Capture:
         """Looks at a step, and whether it may be replayed at all."""
         if am_i_wrapped():  # in a handler of the user's, which is in no recording
             return None
+        self._num_occasions += 1
         try:
-            return Occasion(call, [leaf for _, _, leaf in _places(call)], _kind_of(call))
+            tensors = [leaf for _, _, leaf in _places(call)]
+            return Occasion(call, tensors, _kind_of(call), self._num_occasions)
         except CannotRecord as error:
             self.warn("the step", str(error))
             return None
@@ -199,14 +206,14 @@ class Capture:
         if entry.lesson is not None and not self._is_valid(entry.lesson):
             entry.lesson, entry.is_confirmed = None, False
             return  # a run as ever sets up what is new
-        if not entry.is_confirmed:
+        if not entry.is_confirmed and entry.recorded_in != occasion.number:
             lesson = self._record(player, occasion.call)
             if entry.lesson is not None:
                 if not lesson.recording.agrees(entry.lesson.recording):
                     raise CannotRecord(CHANGES)
                 entry.is_confirmed = True
                 lesson = self._compiled(lesson, player, occasion)
-            entry.lesson = lesson
+            entry.lesson, entry.recorded_in = lesson, occasion.number
 
     def _compiled(self, lesson: Lesson, player: str, occasion: Occasion) -> Lesson:
         """The lesson, compiled if that is wanted and can be."""

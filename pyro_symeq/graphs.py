@@ -166,6 +166,8 @@ def _device_of(
                 f"an argument of shape {tuple(x.shape)} lies on {x.device}, and the parameters on "
                 f"{device}"
             )
+    if any(lesson.recording.draws_on_cpu for lesson in lessons):
+        raise CannotRecord("a program draws random numbers on the CPU")
     for one in merged:
         if one.unfused:
             kept = torch_optimizer(one.optim.optim_objs[one.unfused[0]])

@@ -50,6 +50,7 @@ class Recording:
         names: The names of those that Pyro keeps as parameters.
         learned: All parameters, and whether they were to be learned.
         modules: The modules that were called, and whether they were in training.
+        draws_on_cpu: Whether the operations draw by the CPU's generator.
     """
 
     operations: GraphModule
@@ -59,6 +60,7 @@ class Recording:
     names: dict[str, Tensor]
     learned: list[tuple[Tensor, bool]]
     modules: list[tuple[nn.Module, bool]]
+    draws_on_cpu: bool
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """Does the operations on other inputs of the same layout.
@@ -172,12 +174,13 @@ def record(
     hook = register_module_forward_pre_hook(note)
     try:
         with aside(), pyro.validation_enabled(False), watch:
-            python = _python_state()
+            python, on_cpu = _python_state(), torch.get_rng_state()
             traced = make_fx(noted)(*aliases)
             drawn = randomness.get_state()
             if _python_state() != python:
                 raise CannotRecord("it draws random numbers of Python or NumPy")
-        recording = _recording(traced, used)
+        draws_on_cpu = not torch.equal(on_cpu, drawn["torch"])
+        recording = _recording(traced, used, draws_on_cpu)
         watch.undo([*aliases, *recording.sources])
         with randomness.kept():
             _check_replay(recording.tried(*aliases), outputs, randomness.get_state(), drawn)
@@ -192,7 +195,9 @@ def record(
     return recording
 
 
-def _recording(traced: GraphModule, modules: dict[nn.Module, bool]) -> Recording:
+def _recording(
+    traced: GraphModule, modules: dict[nn.Module, bool], draws_on_cpu: bool
+) -> Recording:
     _refuse_unknown_shapes(traced.graph)
     _leave_out_idle(traced.graph)
     sources = _lift_constants(traced)
@@ -208,6 +213,7 @@ def _recording(traced: GraphModule, modules: dict[nn.Module, bool]) -> Recording
         {name: leaf for name, leaf in kept if id(leaf) in used},
         [(x, x.requires_grad) for x in sources if x.is_leaf],
         list(modules.items()),
+        draws_on_cpu,
     )
 
 

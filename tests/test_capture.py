@@ -1580,3 +1580,19 @@ def test_modules_that_switch_leave_the_graph(unchecked):
     for i in range(NUM_FIRST + 2):
         symeq.step(cuda_rows(i))
     assert torch.equal(pair.decoder[1].running_mean, mean)
+
+
+def test_what_changes_between_steps_is_seen_whatever_the_number_of_moves():
+    """Both recordings are of different steps, though a player moves several times in each."""
+
+    def drive(symeq, pair):
+        for i in range(6):
+            pair.beta = 0.1 * i
+            yield symeq.step(rows(i))
+
+    make = changed(lambda s, h: h * (1 + s.beta))
+    options = {"decoder_steps": 3, "encoder_steps": 3}
+    eager, captured = (history(make, drive, capture, **options) for capture in (False, True))
+    assert_alike(captured, eager)
+    assert len(captured.reasons) == 1
+    assert "changes from step to step" in captured.reasons[0]
