@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_symeq.checks import check_count
 from pyro_symeq.conditionals import Conditionals, State, block_name
-from pyro_symeq.game import Game, Player, Updates, by_player
+from pyro_symeq.game import Captures, Game, Player, Updates, by_player
 from pyro_symeq.play import Play, refuse_reserved
 from pyro_symeq.weights import Weights, full_weights
 
@@ -40,6 +40,7 @@ def conditional_game(
     num_rounds: int = 5,
     weights: Weights | None = None,
     updates: Updates = "alternating",
+    capture: Captures = False,
 ) -> Game:
     r"""Makes a game of conditional programs, with a player for each block of variables.
 
@@ -58,6 +59,8 @@ def conditional_game(
         weights: The weights :math:`w_{bc}` of the terms, by names: ``{"x": {"s": 0.5}}``. Those
             left out are 1.
         updates: See :class:`Game`.
+        capture: See :class:`Game`. Who needs Gibbs rounds isn't captured, since a draw tells with
+            which block a round begins.
 
     Raises:
         TypeError: ``optim`` is no optimiser.
@@ -94,7 +97,7 @@ def conditional_game(
     ]
     if conditionals.prior is not None:
         players.append(Player(PRIOR, conditionals.prior))
-    return Game(players, updates=updates)
+    return Game(players, updates=updates, capture=capture)
 
 
 class _Formulas:

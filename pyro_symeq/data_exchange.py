@@ -24,7 +24,7 @@ from torch import Tensor
 from pyro_symeq import passes
 from pyro_symeq.binding import Program, equal, open_parameters
 from pyro_symeq.draws import Draws
-from pyro_symeq.game import Game, Player, Updates, by_player
+from pyro_symeq.game import Captures, Game, Player, Updates, by_player
 from pyro_symeq.pair import Pair
 from pyro_symeq.play import Play, Utility, refuse_reserved
 from pyro_symeq.rehearsal import aside
@@ -42,6 +42,7 @@ def data_exchange_game(
     weights: Weights | None = None,
     *,
     updates: Updates = "alternating",
+    capture: Captures = False,
 ) -> Game:
     r"""Makes a game of generative models that exchange dreams.
 
@@ -61,6 +62,7 @@ def data_exchange_game(
         weights: The weights :math:`\alpha_{ij}` by names, ``{"a": {"a": 0.5, "b": 0.5}, ...}``.
             Those left out of a row are 0; left out altogether, all are equal.
         updates: See :class:`Game`.
+        capture: See :class:`Game`.
 
     Raises:
         TypeError: ``models`` are no programs, or ``optim`` is no optimiser.
@@ -93,7 +95,7 @@ def data_exchange_game(
         for name, member in exchange.members.items()
         for player, program, score in member.players()
     ]
-    return Game(players, updates=updates)
+    return Game(players, updates=updates, capture=capture)
 
 
 class _Member:

@@ -21,7 +21,7 @@ from pyro.optim import PyroOptim
 
 from pyro_symeq.binding import Program
 from pyro_symeq.checks import check_count
-from pyro_symeq.game import Game, Own, Player
+from pyro_symeq.game import Captures, Game, Own, Player
 from pyro_symeq.loss import SymmetricLoss
 from pyro_symeq.rehearsal import Bind
 from pyro_symeq.utility import SymmetricUtility
@@ -101,7 +101,7 @@ class SymmetricEquilibrium(Game):
         encoder_steps: int = 1,
         encoder_warmup: int = 0,
         parameters: Mapping[str, Own] | None = None,
-        capture: bool | Literal["compile"] = False,
+        capture: Captures = False,
     ) -> None:
         if updates not in ("alternating", "simultaneous"):
             raise ValueError(f"Expected updates='alternating' or 'simultaneous', got {updates!r}.")

@@ -37,6 +37,7 @@ from pyro_symeq.strategy import State, Strategy
 __all__ = ["Game", "Player"]
 
 Own = nn.Module | Iterable[tuple[str, Tensor]]
+Captures = bool | Literal["compile"]
 Updates = Literal["alternating", "simultaneous"] | Sequence[str | Sequence[str]]
 
 NUM_TRIES = 100
@@ -181,7 +182,7 @@ class Game:
         players: Iterable[Player],
         *,
         updates: Updates = "alternating",
-        capture: bool | Literal["compile"] = False,
+        capture: Captures = False,
     ) -> None:
         if capture not in (True, False, "compile"):
             raise ValueError(f"Expected capture=True, False or 'compile', got {capture!r}.")

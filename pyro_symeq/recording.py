@@ -7,6 +7,7 @@ the Python numbers of the recorded run.
 """
 
 import random
+import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -188,11 +189,18 @@ def record(
         watch.undo(watch.changed)
         if isinstance(error, CannotRecord):
             raise
-        reason = str(error).strip().split("\n")[0]
-        raise CannotRecord(f"{type(error).__name__}: {reason}") from error
+        raise CannotRecord(_reason(error)) from error
     finally:
         hook.remove()
     return recording
+
+
+def _reason(error: Exception) -> str:
+    """Why a function can't be recorded, from what PyTorch says."""
+    first = str(error).strip().split("\n")[0]
+    if read := re.search(r"value out of a tracing tensor with (aten\.\w+)", first):
+        return f"the host reads the elements of a tensor ({read[1]})"
+    return f"{type(error).__name__}: {first}"
 
 
 def _recording(

@@ -1,5 +1,6 @@
 """Games of conditionals: eqs. 17 and 33 of the paper, by enumeration."""
 
+import warnings
 from unittest import mock
 
 import pyro
@@ -62,10 +63,10 @@ class Tables:
         with pyro.plate("rows", rows):
             pyro.sample("z", dist.Categorical(self.pi))
 
-    def game(self, **options):
+    def game(self, optim=SGD_0, **options):
         programs = {name: self.program(name) for name in self.order}
         conditionals = Conditionals(programs, prior=self.prior)
-        return conditional_game(conditionals, SGD_0, encoder="z", **options)
+        return conditional_game(conditionals, optim, encoder="z", **options)
 
     # The same by hand.
 
@@ -231,6 +232,22 @@ def test_a_player_moves_by_the_formula():
     for name in "xs":
         assert_equal(tables.logits[name].detach(), before[name] + 0.5 * wanted[name])
     assert torch.equal(tables.logits["z"], before["z"])
+
+
+@pytest.mark.parametrize("pattern", BATCHES)
+def test_captured_games_go_the_same_way(pattern):
+    ends = []
+    for capture in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        tables = Tables()
+        game = tables.game(num_rounds=2, optim=SGD({"lr": 0.1}), capture=capture)
+        rows = {name: torch.tensor(values) for name, values in BATCHES[pattern].items()}
+        with warnings.catch_warnings():  # a draw tells with which block a round begins
+            warnings.filterwarnings("ignore", "Not captured.*host reads the elements")
+            utilities = [game.step(**rows).utilities for _ in range(6)]
+        ends.append((utilities, {n: x.detach().clone() for n, x in tables.logits.items()}))
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-9)
 
 
 def test_weighted_batches_of_different_patterns():

@@ -179,13 +179,15 @@ def test_nobody_gains_at_the_closed_form(weights):
 @pytest.mark.parametrize(
     ("weights", "updates"), [(TWO, "simultaneous"), (THREE, "alternating")], ids=["two", "three"]
 )
-def test_training_settles_in_the_closed_form(weights, updates, device):
+@pytest.mark.parametrize("capture", [False, True], ids=["eager", "captured"])
+def test_training_settles_in_the_closed_form(weights, updates, capture, device):
     # The mean of the last draws has a standard error of about 0.005.
     saturated = Saturated("".join(weights), device)
     sizes = {"a": 400, "b": 200, "c": 600}
     data = {name: {"x": population(PI[name], sizes[name]).to(device)} for name in weights}
     optims = {name: SGD({"lr": 2 / sizes[name]}) for name in weights}
-    game = data_exchange_game(saturated.models, optims, weights, updates=updates)
+    options = {"updates": updates, "capture": capture}
+    game = data_exchange_game(saturated.models, optims, weights, **options)
     means = dict.fromkeys(weights, 0.0)
     for step in range(160):
         for name, optim in optims.items():
