@@ -218,6 +218,11 @@ def kind(leaf: Tensor, value: Tensor) -> Kind:
     return "view" if is_part(leaf, value) else "copy"
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements of a tensor fill its stretch of memory, each once."""
+    return x.stride() == torch.empty_like(x).stride()
+
+
 def copied(x: Tensor, stride: tuple[int, ...] | None = None) -> Tensor:
     """Copies a tensor into new memory of the same, or of another, layout."""
     twin = torch.empty_strided(x.shape, stride or x.stride(), dtype=x.dtype, device=x.device)

@@ -17,6 +17,8 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor, optim
 from torch.optim import Optimizer
 
+from pyro_symeq.binding import is_dense
+
 FUSED = frozenset({optim.Adam, optim.AdamW, optim.SGD})
 ELEMENTWISE = FUSED | {
     optim.ASGD,
@@ -256,7 +258,7 @@ def _may_be_fused(settings: Settings, leaf: Tensor) -> bool:
         and not settings.get("momentum")
         and leaf.is_floating_point()
         and leaf.device.type in ("cpu", "cuda")
-        and leaf.stride() == torch.empty_like(leaf).stride()
+        and is_dense(leaf)
     )
 
 

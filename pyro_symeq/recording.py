@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from pyro_symeq import randomness
+from pyro_symeq.binding import is_dense
 from pyro_symeq.provenance import may_change, name_of
 from pyro_symeq.rehearsal import aside
 
@@ -86,8 +87,9 @@ class Recording:
         return compiled
 
     def tried(self, *inputs: Tensor) -> list[Tensor]:
-        """Does the operations on a copy of all tensors, of which some may change."""
-        return replace(self, constants=[x.clone() for x in self.constants])(*inputs)
+        """Does the operations on copies of all tensors, of which some may change."""
+        copies = [x.clone() if is_dense(x) and not x.is_conj() else x for x in inputs]
+        return replace(self, constants=[x.clone() for x in self.constants])(*copies)
 
     def reads(self, i: int) -> bool:
         """Whether the operations make use of an input."""
@@ -133,15 +135,16 @@ class _Watch(TorchFunctionMode):
             raise CannotRecord("it draws by a generator of its own")
         if func is one_hot:
             return _one_hot(*args, **kwargs)
-        if args and isinstance(args[0], Tensor) and may_change(name_of(func)):
-            if args[0] not in self.changed:
-                self.changed[args[0]] = args[0].detach().clone()
+        x = args[0] if args else None
+        if isinstance(x, Tensor) and x.layout == torch.strided and may_change(name_of(func)):
+            if x not in self.changed:
+                self.changed[x] = x.detach().clone()
         return func(*args, **kwargs)
 
     def undo(self, tensors: Iterable[Tensor]) -> None:
         """Gives tensors that were changed in place the elements that they had."""
         storages = {x.untyped_storage().data_ptr() for x in tensors}
-        for x, before in self.changed.items():
+        for x, before in reversed(self.changed.items()):  # views come after what they are of
             if x.untyped_storage().data_ptr() in storages:
                 x.detach().copy_(before)
 
@@ -234,10 +237,11 @@ def _check_replay(
         CannotRecord: It does something else.
     """
     same = all(
-        torch.allclose(_dense(x), _dense(y), rtol=1e-3, atol=1e-5, equal_nan=True)
+        torch.allclose(_strided(x), _strided(y), rtol=1e-3, atol=1e-5, equal_nan=True)
         for x, y in zip(replayed, outputs, strict=True)
     )
-    if not (same and torch.equal(state["torch"], drawn["torch"])):
+    generators = ([x["torch"], *x["accelerator"]] for x in (state, drawn))
+    if not (same and all(map(torch.equal, *generators))):
         raise CannotRecord("a replay of its operations does something else")
 
 
@@ -300,8 +304,9 @@ def _lift_constants(traced: GraphModule) -> list[Tensor]:
     last = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         constant = getattr(traced, node.target)
-        if not isinstance(constant, Tensor):
-            raise CannotRecord(f"it uses a {type(constant).__name__} of its own")
+        if not isinstance(constant, Tensor) or constant.layout != torch.strided:
+            what = getattr(constant, "layout", type(constant).__name__)
+            raise CannotRecord(f"it uses a tensor or object of its own of the kind {what}")
         if node.target not in places:
             first = next(iter(graph.nodes))
             with graph.inserting_before(first) if last is None else graph.inserting_after(last):
@@ -318,7 +323,7 @@ def _is_impure(node: Node) -> bool:
     return node.is_impure() or torch.Tag.nondeterministic_seeded in tags
 
 
-def _dense(x: Tensor) -> Tensor:
+def _strided(x: Tensor) -> Tensor:
     return x if x.layout == torch.strided else x.to_dense()
 
 

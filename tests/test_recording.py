@@ -162,3 +162,28 @@ def test_an_input_that_is_not_read_is_told():
     assert [recording.reads(i) for i in range(3)] == [True, False, True]
     constant = record(lambda x, y: [y + WEIGHT[0]], [torch.ones(3), torch.ones(3)])
     assert [constant.reads(i) for i in range(2)] == [False, True]
+
+
+def test_recording_leaves_tensors_that_change_as_they_were():
+    """The programs' own and the inputs, changed in place: each call does it, and recording doesn't."""
+    mean = torch.zeros(3)
+
+    def function(x):
+        mean.mul_(0.5).add_(x.sum(0))
+        mean[0] += 1
+        return [x.mul_(2) - mean]
+
+    x = torch.ones(2, 3)
+    recording = record(function, [x])
+    assert torch.equal(mean, torch.zeros(3))
+    assert torch.equal(x, torch.ones(2, 3))
+    (replayed,) = recording(x)
+    assert torch.equal(mean, torch.tensor([3.0, 2.0, 2.0]))
+    assert torch.equal(x, torch.full((2, 3), 2.0))
+    assert torch.equal(replayed, x - mean)
+
+
+def test_sparse_tensors_of_a_program_are_refused():
+    weights = torch.eye(3).to_sparse()
+    with pytest.raises(CannotRecord, match="sparse_coo"):
+        record(lambda x: [torch.sparse.mm(weights, x)], [torch.ones(3, 2)])
