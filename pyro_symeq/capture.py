@@ -25,7 +25,7 @@ from pyro_symeq.batch import Batch, batches
 from pyro_symeq.binding import Call, Path, leaves, put
 from pyro_symeq.ownership import Parameters
 from pyro_symeq.play import Ascent, Stage, ascent
-from pyro_symeq.recording import CannotRecord, Recording, record
+from pyro_symeq.recording import CannotRecord, Recording, headline, record
 
 NUM_KEPT = 64
 FIXED = (
@@ -222,8 +222,7 @@ class Capture:
         try:
             return replace(lesson, recording=lesson.recording.compiled(occasion.tensors))
         except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            self.warn(f"the lesson of the {player} as machine code", reason)
+            self.warn(f"the lesson of the {player} as machine code", headline(error))
             return lesson
 
     def _is_valid(self, lesson: Lesson | None) -> bool:

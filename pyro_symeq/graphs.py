@@ -17,7 +17,7 @@ from pyro_symeq.binding import copied
 from pyro_symeq.capture import Capture, Lesson, Occasion
 from pyro_symeq.grouped import Merged, torch_optimizer
 from pyro_symeq.play import Ascent
-from pyro_symeq.recording import CannotRecord
+from pyro_symeq.recording import CannotRecord, headline
 from pyro_symeq.strategy import Strategy
 
 NUM_KEPT = 8
@@ -136,8 +136,7 @@ class StepGraphs:
         except Exception as error:
             for leaf in (leaf for one in merged for leaf in one.leaves):
                 leaf.grad = None
-            reason = str(error).strip().split("\n")[0]
-            self._capture.warn("the whole step, though each player's lesson", reason)
+            self._capture.warn("the whole step, though each player's lesson", headline(error))
         return _Entry(graph, lessons, merged, _versions(lessons.values()))
 
 

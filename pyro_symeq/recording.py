@@ -198,9 +198,16 @@ def record(
     return recording
 
 
+def headline(error: Exception) -> str:
+    """The first line of an error that tells something, without a full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    told = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return " ".join(lines[: told + 1]).rstrip(".")
+
+
 def _reason(error: Exception) -> str:
     """Why a function can't be recorded, from what PyTorch says."""
-    first = str(error).strip().split("\n")[0]
+    first = headline(error)
     if read := re.search(r"value out of a tracing tensor with (aten\.\w+)", first):
         return f"the host reads the elements of a tensor ({read[1]})"
     return f"{type(error).__name__}: {first}"

@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler"),
     # The compiler's own, about modules and packages of its own.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Skipping serialization"),
 ]
 
 
