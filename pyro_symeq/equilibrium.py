@@ -56,8 +56,8 @@ class SymmetricEquilibrium(Game):
             from Python besides the shapes of its arguments and numbers among them, such as a
             weight that grows from step to step, stays as it was recorded: hand it over in a
             tensor. What can't be recorded runs as ever, with a warning that says why.
-            ``"compile"`` gives recordings to ``torch.compile``, too: half a minute for each kind
-            of batch, for kernels that are often twice as fast.
+            ``"compile"`` gives recordings to ``torch.compile``, too, which takes ten seconds or
+            more for each kind of batch and merges operations into fewer kernels.
 
     Raises:
         TypeError: ``optim`` is neither a ``PyroOptim`` nor a pair of them.
