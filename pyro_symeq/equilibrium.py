@@ -148,11 +148,13 @@ class SymmetricEquilibrium(Game):
 
         Returns:
             The loss :math:`-(L_p + L_q)` (nats, summed over the batch), a float with ``.decoder``
-            and ``.encoder``: each utility at the last draw before its player moved.
+            and ``.encoder``: each utility at the last draw before its player moved. With validation
+            off, it waits on a GPU until somebody looks at it.
 
         Raises:
             ValueError: The pair can't learn from this batch, or a utility is not finite. Nothing
-                has moved then; with Pyro's validation off, the decoder may have.
+                has moved then; with Pyro's validation off, the decoder may have. On a GPU, with
+                validation off, what is not finite is told when the loss is read.
         """
         return cast(SymmetricLoss, super().step(*args, **kwargs))
 

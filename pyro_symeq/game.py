@@ -256,13 +256,15 @@ class Game:
 
         Returns:
             The loss :math:`-\sum_i u_i` (nats), a float with ``.utilities`` of the players that
-            moved: each at the last draw before its player did.
+            moved: each at the last draw before its player did. With validation off, it waits on a
+            GPU until somebody looks at it.
 
         Raises:
             TypeError: A utility returns no tensor.
             ValueError: A player can't learn from this batch, a utility returns no scalar or is not
                 finite, all players are frozen, or inference mode is on. Nothing has moved then;
-                with Pyro's validation off, players that came before may have.
+                with Pyro's validation off, players that came before may have. On a GPU, with
+                validation off, what is not finite is told when the loss is read.
         """
         if torch.is_inference_mode_enabled():
             raise ValueError("Nothing can be learned within torch.inference_mode(). Leave it.")
