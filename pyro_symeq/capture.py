@@ -60,7 +60,7 @@ class Occasion:
         call: What the step was given.
         tensors: The tensors in it.
         kind: What tells it from steps of other kinds.
-        number: How many came before.
+        number: Which step it is, counted from 1.
     """
 
     call: Call
@@ -207,7 +207,7 @@ class Capture:
             entry.lesson, entry.is_confirmed = None, False
             return  # a run as ever sets up what is new
         if not entry.is_confirmed and entry.recorded_in != occasion.number:
-            lesson = self._record(player, occasion.call)
+            lesson = self._record(player, occasion)
             if entry.lesson is not None:
                 if not lesson.recording.agrees(entry.lesson.recording):
                     raise CannotRecord(CHANGES)
@@ -239,16 +239,17 @@ class Capture:
             if isinstance(owner, nn.Module):
                 yield from owner.modules()
 
-    def _record(self, player: str, call: Call) -> Lesson:
+    def _record(self, player: str, occasion: Occasion) -> Lesson:
         ways: list[Ascent] = []
 
         def learn(*inputs: Tensor) -> list[Tensor]:
-            way = ascent(partial(self._stage.score, player), _with_tensors(call, inputs))
+            call = _with_tensors(occasion.call, inputs)
+            way = ascent(partial(self._stage.score, player), call)
             ways.append(way)
             return [way.utility, *(x for x in way.gradients if x is not None)]
 
         num_changes = self._stage.owners.num_changes
-        recording = record(learn, [leaf for _, _, leaf in _places(call)], self._modules())
+        recording = record(learn, occasion.tensors, self._modules())
         has_gradient = [x is not None for x in ways[-1].gradients]
         return Lesson(recording, ways[-1].parameters, has_gradient, num_changes)
 
