@@ -12,8 +12,8 @@ from torch.distributions.constraints import Constraint
 
 from pyro_symeq import passes
 from pyro_symeq.passes import Observation, Observations
-from pyro_symeq.record import Site
 from pyro_symeq.rows import Variable
+from pyro_symeq.tracing import Site
 
 Values = Mapping[str, Any]  # tensors, or numbers that become tensors
 

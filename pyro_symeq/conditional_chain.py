@@ -10,9 +10,9 @@ from pyro_symeq.binding import Program
 from pyro_symeq.chain import Around, Chain, Start, refuse_parts, unhandled
 from pyro_symeq.clamps import Values, overlay
 from pyro_symeq.conditionals import Conditionals, State
-from pyro_symeq.record import Record
 from pyro_symeq.rehearsal import aside
 from pyro_symeq.rows import shared_rows, variable
+from pyro_symeq.tracing import Record
 
 
 class ConditionalChain(Chain):

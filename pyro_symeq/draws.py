@@ -6,7 +6,7 @@ import pyro
 
 from pyro_symeq import passes
 from pyro_symeq.binding import Program
-from pyro_symeq.record import Record
+from pyro_symeq.tracing import Record
 
 
 @dataclass

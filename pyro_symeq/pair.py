@@ -13,8 +13,8 @@ from pyro_symeq.passes import Observations, Run
 from pyro_symeq.pattern import Pattern
 from pyro_symeq.play import Masks, Play, Scored
 from pyro_symeq.proposals import Proposals, choose
-from pyro_symeq.record import UNOBSERVED, Record
 from pyro_symeq.rehearsal import Bind, aside, buffers_kept, rehearse
+from pyro_symeq.tracing import UNOBSERVED, Record
 
 T = TypeVar("T")
 

@@ -10,9 +10,9 @@ from pyro_symeq.chain import Around, Chain, Start, refuse_parts, unhandled
 from pyro_symeq.clamps import overlay
 from pyro_symeq.conditionals import State
 from pyro_symeq.passes import Observation, Observations, Run
-from pyro_symeq.record import Record
 from pyro_symeq.rehearsal import Bind, aside, rehearse
 from pyro_symeq.rows import copied_call, shaped, shared_rows, variable
+from pyro_symeq.tracing import Record
 
 
 class PairChain(Chain):

@@ -32,7 +32,7 @@ from torch import Tensor
 from pyro_symeq.binding import Call, Program
 from pyro_symeq.distributions import Implicit
 from pyro_symeq.provenance import UNKNOWN, Origin, follow
-from pyro_symeq.record import (
+from pyro_symeq.tracing import (
     OBSERVED,
     UNOBSERVED,
     Record,

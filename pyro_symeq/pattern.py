@@ -23,7 +23,7 @@ from pyro_symeq.binding import (
 )
 from pyro_symeq.passes import Observation, Observations, Run
 from pyro_symeq.provenance import Picks, put_back, subsampled_dim
-from pyro_symeq.record import Record
+from pyro_symeq.tracing import Record
 
 NEVER_SAMPLES = (
     "The guide never samples {sites}, which the model does. Sample these sites in the guide too, "

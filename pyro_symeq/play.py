@@ -24,8 +24,8 @@ from pyro_symeq import passes
 from pyro_symeq.batch import batches
 from pyro_symeq.binding import Call, Program, leaves, put
 from pyro_symeq.ownership import Owners, Parameters
-from pyro_symeq.record import Record
 from pyro_symeq.rehearsal import tensors
+from pyro_symeq.tracing import Record
 
 __all__ = ["Play"]
 

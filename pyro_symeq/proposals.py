@@ -19,7 +19,7 @@ from torch.distributions import Categorical
 
 from pyro_symeq import passes
 from pyro_symeq.passes import Term
-from pyro_symeq.record import Record, Site
+from pyro_symeq.tracing import Record, Site
 
 
 @dataclass(frozen=True)

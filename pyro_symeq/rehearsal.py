@@ -39,7 +39,7 @@ from pyro_symeq.binding import (
 from pyro_symeq.passes import Observation, Run
 from pyro_symeq.pattern import Pattern, Place
 from pyro_symeq.provenance import follow, name_of, take
-from pyro_symeq.record import UNOBSERVED, Record, Site
+from pyro_symeq.tracing import UNOBSERVED, Record, Site
 
 Bind = Mapping[str, str] | Callable[[Trace, tuple[Any, ...], dict[str, Any]], Call]
 

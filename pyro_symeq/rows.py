@@ -16,7 +16,7 @@ from pyro_symeq import passes
 from pyro_symeq.binding import Call, Path, equal, leaves, put
 from pyro_symeq.passes import Observations
 from pyro_symeq.provenance import CASTS, take
-from pyro_symeq.record import Record, Site
+from pyro_symeq.tracing import Record, Site
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from pyro import poutine
 from torch import nn
 
-from pyro_symeq import Batch, Conditionals, LimitingDistribution, passes, record
+from pyro_symeq import Batch, Conditionals, LimitingDistribution, passes, tracing
 
 STATE = {name: torch.full((2,), float(i)) for i, name in enumerate("sxyz")}
 
@@ -84,7 +84,7 @@ def test_values_are_those_of_the_block():
         pyro.deterministic("twice", torch.ones(2))
 
     conditionals = Conditionals({"s": p_s, "x": program, ("y", "z"): q})
-    trace = record.run(program, ((), conditionals.arguments("x", STATE)))
+    trace = tracing.run(program, ((), conditionals.arguments("x", STATE)))
     assert conditionals.values("x", passes.drawn(trace)).keys() == {"x"}
 
 

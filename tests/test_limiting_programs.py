@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_symeq import Batch, LimitingDistribution, record
+from pyro_symeq import Batch, LimitingDistribution, tracing
 from tests.programs import PROGRAMS
 from tests.test_programs import each_program, fresh, global_state, tensors, watched_runs
 
@@ -294,7 +294,7 @@ def test_what_is_known_stays(name, device):
         if given_latents(program, name, batch):
             continue
         args, kwargs = batch.call
-        sites = record.run(program.model, batch.call).variables
+        sites = tracing.run(program.model, batch.call).variables
         site = next(site for site, node in sites.items() if node["is_observed"])
         shape = sites[site]["fn"].shape()
         rows = shape[:1] + (1,) * (len(shape) - 1) if name in WHOLE else shape

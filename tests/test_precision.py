@@ -10,7 +10,7 @@ from pyro.optim import SGD, Adam, PyroOptim
 from torch import nn
 
 from pyro_symeq import Game, Player, SymmetricEquilibrium, passes
-from pyro_symeq.record import run
+from pyro_symeq.tracing import run
 from tests.test_utility import Recorder
 
 HALVES = [torch.bfloat16, torch.float16]

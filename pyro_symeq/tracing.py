@@ -1,4 +1,4 @@
-"""Runs of programs, recorded by one handler.
+"""Runs of programs, traced by one handler.
 
 A handler costs time at each statement of a program, and so does each look at a trace. So one
 handler does all that a pass has to do at a sample site, and a trace sorts its sites once.
@@ -77,14 +77,14 @@ class Record(Trace):
         }
 
 
-class record(TraceMessenger):  # noqa: N801
-    """Acts at each sample site in turn, and records the run."""
+class act_and_trace(TraceMessenger):  # noqa: N801
+    """Acts at each sample site in turn, and traces the run."""
 
     def __init__(self, *acts: Act) -> None:
         super().__init__()
         self.acts = acts
 
-    def __enter__(self) -> "record":
+    def __enter__(self) -> "act_and_trace":
         super().__enter__()
         self.trace: Record = Record()
         return self
@@ -105,10 +105,10 @@ class record(TraceMessenger):  # noqa: N801
 def run(program: Program, call: Call, *acts: Act) -> Record:
     """Runs a program, acts at each of its sample sites in turn, and returns the trace."""
     args, kwargs = call
-    recorder = record(*acts)
+    tracer = act_and_trace(*acts)
     torch.clear_autocast_cache()  # of parameters before a move, or cast without a graph
-    TraceHandler(recorder, program)(*args, **kwargs)
-    return recorder.trace
+    TraceHandler(tracer, program)(*args, **kwargs)
+    return tracer.trace
 
 
 def unconstrained(value: Tensor) -> Tensor:

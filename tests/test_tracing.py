@@ -1,4 +1,4 @@
-"""Runs under the one recording handler, against those under Pyro's own handlers."""
+"""Runs under the one tracing handler, against those under Pyro's own handlers."""
 
 from contextlib import nullcontext
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from pyro_symeq import SymmetricEquilibrium, passes
 from pyro_symeq.passes import Observation
-from pyro_symeq.record import Record, run
+from pyro_symeq.tracing import Record, run
 
 X = torch.arange(6, dtype=torch.float64).reshape(3, 2) / 6
 
