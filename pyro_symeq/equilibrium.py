@@ -16,17 +16,26 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any, Literal, cast
 
+import torch
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
+from torch import Tensor
 
-from pyro_symeq.binding import Program
+from pyro_symeq.batch import batches
+from pyro_symeq.binding import Call, Program
 from pyro_symeq.checks import check_count
 from pyro_symeq.game import Captures, Game, Own, Player
 from pyro_symeq.loss import SymmetricLoss
 from pyro_symeq.rehearsal import Bind
+from pyro_symeq.strategy import State
 from pyro_symeq.utility import SymmetricUtility
 
 __all__ = ["SymmetricEquilibrium"]
+
+NUM_DRAWS = 4  # of the guide, for the information in its latents
+CODE_AFTER, CODE_BELOW = 50, 0.1  # steps, and bits in a latent on average
+WARN_AFTER, WARN_BELOW = 500, 0.02
+NUM_LATENTS = 8  # fewer may have little to say
 
 
 class SymmetricEquilibrium(Game):
@@ -49,6 +58,11 @@ class SymmetricEquilibrium(Game):
         encoder_steps: How often the encoder does.
         encoder_warmup: In how many first calls the encoder alone moves, on dreams of the untrained
             decoder.
+        code_warmup: In how many calls the encoder learns a code for the data besides, if after 50
+            calls its latents, 8 or more, say hardly anything about them: less than 0.1 bits each
+            on average. The code counts in the gradient, not in the utility, and ever less: it is gone at the
+            end. With 0, there is none.
+        watch: After how many calls, each time, the loss has ``.information``; 0: never.
         parameters: Modules whose parameters are the ``"decoder"``'s or the ``"encoder"``'s own,
             where what the model touches isn't to be the decoder's; see :class:`Player`.
         capture: Whether to record a step on each kind of batch and to replay it: in a CUDA graph,
@@ -100,6 +114,8 @@ class SymmetricEquilibrium(Game):
         decoder_steps: int = 1,
         encoder_steps: int = 1,
         encoder_warmup: int = 0,
+        code_warmup: int = 200,
+        watch: int = 0,
         parameters: Mapping[str, Own] | None = None,
         capture: Captures = False,
     ) -> None:
@@ -108,6 +124,8 @@ class SymmetricEquilibrium(Game):
         check_count("decoder_steps", decoder_steps, at_least=1)
         check_count("encoder_steps", encoder_steps, at_least=1)
         check_count("encoder_warmup", encoder_warmup, at_least=0)
+        check_count("code_warmup", code_warmup, at_least=0)
+        check_count("watch", watch, at_least=0)
         own = parameters or {}
         if unknown := own.keys() - {"decoder", "encoder"}:
             raise ValueError(
@@ -120,6 +138,9 @@ class SymmetricEquilibrium(Game):
         self.decoder_steps = decoder_steps
         self.encoder_steps = encoder_steps
         self.encoder_warmup = encoder_warmup
+        self.code_warmup = code_warmup
+        self.watch = watch
+        self._code_begun: int | None = None
         utilities = self.utility.stage(model, guide).utilities
         decoder, encoder = _pair_of_optims(optim)
         super().__init__(
@@ -136,7 +157,7 @@ class SymmetricEquilibrium(Game):
         return (
             f"SymmetricEquilibrium(updates={self.updates!r}, decoder_steps={self.decoder_steps}, "
             f"encoder_steps={self.encoder_steps}, encoder_warmup={self.encoder_warmup}, "
-            f"num_steps={self.num_steps})"
+            f"code_warmup={self.code_warmup}, watch={self.watch}, num_steps={self.num_steps})"
         )
 
     def step(self, *args: Any, **kwargs: Any) -> SymmetricLoss:
@@ -156,7 +177,14 @@ class SymmetricEquilibrium(Game):
                 has moved then; with Pyro's validation off, the decoder may have. On a GPU, with
                 validation off, what is not finite is told when the loss is read.
         """
-        return cast(SymmetricLoss, super().step(*args, **kwargs))
+        pair = self.utility.pair(self.model, self.guide)
+        pair.code_weight = self._code_weight()
+        try:
+            loss = cast(SymmetricLoss, super().step(*args, **kwargs))
+        finally:
+            pair.code_weight = 0.0
+        self._look((args, kwargs), loss)
+        return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> SymmetricLoss:
         r"""Estimates the loss :math:`-(L_p + L_q)` (nats, summed over the batch); nothing moves.
@@ -169,6 +197,51 @@ class SymmetricEquilibrium(Game):
             A float with the utilities ``.decoder`` and ``.encoder``.
         """
         return cast(SymmetricLoss, super().evaluate_loss(*args, **kwargs))
+
+    def state_dict(self) -> State:  # noqa: D102
+        return {**super().state_dict(), "code_begun": self._code_begun}
+
+    def load_state_dict(self, state: State) -> None:  # noqa: D102
+        rest, begun = state, None
+        if isinstance(state, Mapping):
+            rest = {key: value for key, value in state.items() if key != "code_begun"}
+            begun = state.get("code_begun")
+        if begun is not None:
+            check_count("code_begun", begun, at_least=0)
+        super().load_state_dict(rest)
+        self._code_begun = begun
+
+    def _code_weight(self) -> float:
+        """How much a code for the data counts in this step."""
+        if self._code_begun is None or self.code_warmup == 0:
+            return 0.0
+        return max(0.0, 1 - (self.num_steps - self._code_begun) / self.code_warmup)
+
+    def _look(self, call: Call, loss: SymmetricLoss) -> None:
+        """Looks at the information in the latents, where it is wanted or matters."""
+        steps = self.num_steps
+        is_watched = self.watch > 0 and steps % self.watch == 0
+        may_begin = self.code_warmup > 0 and steps == CODE_AFTER
+        if not (is_watched or may_begin or steps == WARN_AFTER):
+            return
+        information = self._information(call)
+        if is_watched:
+            loss.information = information
+        bits = torch.cat([torch.zeros(0), *(x.flatten().cpu() for x in information.values())])
+        if len(bits) < NUM_LATENTS:
+            return
+        if may_begin and bits.mean() < CODE_BELOW:
+            self._code_begun = steps
+        if steps == WARN_AFTER and bits.mean() < WARN_BELOW:
+            _warn_of_collapse(steps, information)
+
+    def _information(self, call: Call) -> dict[str, Tensor]:
+        pair, play = self.utility.pair(self.model, self.guide), self._stage.play()
+        found = (pair.information(play, batch.call, NUM_DRAWS) for batch in batches(call))
+        return next(filter(None, found), {})
+
+    def _is_alike(self) -> bool:
+        return self._code_weight() == 0
 
     def _awake(self) -> set[str]:
         warming_up = self.num_steps < self.encoder_warmup
@@ -185,6 +258,18 @@ def _schedule(updates: str, decoder_steps: int, encoder_steps: int) -> Iterator[
     else:
         for names in zip_longest(decoder, encoder):
             yield tuple(name for name in names if name is not None)
+
+
+def _warn_of_collapse(steps: int, information: Mapping[str, Tensor]) -> None:
+    bits = {name: round(each.sum().item(), 2) for name, each in information.items()}
+    warnings.warn(
+        f"After {steps} steps the latents say hardly anything about the data: {bits} bits. The "
+        "decoder unlearns its latents before the encoder can set them, and training may stop "
+        "here. Leave code_warmup= on; give networks centred codes (2 * z - 1 for bits), smooth "
+        "activations (SiLU, tanh) and initial weights of unit gain. See 'When training collapses' "
+        "in the documentation.",
+        stacklevel=4,
+    )
 
 
 def _utility(loss: Any, bind: Bind | None, supervise_encoder: bool) -> SymmetricUtility:

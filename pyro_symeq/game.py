@@ -41,6 +41,7 @@ Captures = bool | Literal["compile"]
 Updates = Literal["alternating", "simultaneous"] | Sequence[str | Sequence[str]]
 
 NUM_TRIES = 100
+KEYS = {"players", "frozen", "num_steps", "random"}
 
 
 @dataclass(frozen=True)
@@ -327,7 +328,7 @@ class Game:
         Raises:
             ValueError: The state isn't one of these programs; nothing has changed.
         """
-        _check_keys(type(self).__name__, "keys", state, {*self.state_dict()})
+        _check_keys(type(self).__name__, "keys", state, KEYS)
         _check_keys(type(self).__name__, "players", state["players"], {*self._strategies})
         self._check_names(state["frozen"])
         for name, strategy in self._strategies.items():
@@ -389,6 +390,10 @@ class Game:
         """The players that may move in this step."""
         return set(self._learners) - self._frozen
 
+    def _is_alike(self) -> bool:
+        """Whether this step is like others, which may replay what it does."""
+        return True
+
     def _watched(self) -> set[str]:
         """The players whose utility a step tells even where they don't move."""
         return set()
@@ -406,7 +411,7 @@ class Game:
     def _moved(self, call: Call, rounds: Rounds) -> dict[str, Tensor]:
         """Lets players move in the fastest way there is; returns their utilities before."""
         capture = self._capture
-        occasion = None if capture is None else capture.occasion(call)
+        occasion = capture.occasion(call) if capture and self._is_alike() else None
         if capture is None or occasion is None:
             return self._move(rounds, lambda name: ascent(partial(self._score, name), call))
         graph = None if self._graphs is None else self._graphs.find(occasion, rounds)

@@ -52,11 +52,16 @@ class SymmetricLoss(GameLoss):
         decoder: The decoder's utility :math:`L_p`.
         encoder: The encoder's utility :math:`L_q`.
 
+    Attributes:
+        information: Where the step looked: what each latent says about the batch (bits), by site.
+
     Example:
         >>> loss = SymmetricLoss(decoder=-7.0, encoder=-2.0)
         >>> loss, loss.decoder, loss + 1
         (9.0, -7.0, 10.0)
     """
+
+    information: dict[str, Tensor] | None = None
 
     def __new__(cls, decoder: float, encoder: float | None = None) -> "SymmetricLoss":  # noqa: D102
         if encoder is None:

@@ -8,13 +8,17 @@ from torch import Tensor
 
 from pyro_symeq import passes
 from pyro_symeq.binding import Call, Program, layout
+from pyro_symeq.code import deal, hold
 from pyro_symeq.draws import Draws
-from pyro_symeq.passes import Observations, Run
+from pyro_symeq.metrics.mutual_information import in_latents
+from pyro_symeq.passes import Observation, Observations, Run
 from pyro_symeq.pattern import Pattern
 from pyro_symeq.play import Masks, Play, Scored
 from pyro_symeq.proposals import Proposals, choose
 from pyro_symeq.rehearsal import Bind, aside, buffers_kept, rehearse
+from pyro_symeq.rows import shared_rows
 from pyro_symeq.tracing import UNOBSERVED, Record
+from pyro_symeq.tracing import run as traced
 
 T = TypeVar("T")
 
@@ -37,7 +41,12 @@ class Pair:
         supervise_encoder: Whether observed latents train the encoder too.
         draws: How many draws make up a utility.
         players: The names of the two players.
+
+    Attributes:
+        code_weight: How much a code for the data counts in the gradient of the encoder's utility.
     """
+
+    code_weight = 0.0
 
     def __init__(
         self,
@@ -91,6 +100,19 @@ class Pair:
         completion, run = self._fitting(lambda _, *at: self._wake(*at), play, call)
         return completion, run.trace
 
+    def information(self, play: Play, call: Call, num_draws: int) -> dict[str, Tensor]:
+        """What each latent that the guide draws for a batch says about it (bits), by site."""
+
+        def inform(_: Play, pattern: Pattern, call: Call) -> dict[str, Tensor]:
+            if pattern.lacks_data:
+                return {}
+            given, rows = self._given(pattern, call)
+            runs = [passes.fill_in(self.guide, call, given, rows) for _ in range(num_draws)]
+            return in_latents(runs, given)
+
+        with aside(), torch.no_grad():
+            return self._fitting(inform, play, call)
+
     def _mean(
         self, score: Callable[[Play, Pattern, Call], Tensor], play: Play, call: Call, runs: int
     ) -> Tensor:
@@ -138,15 +160,39 @@ class Pair:
     def _encoder(self, play: Play, pattern: Pattern, call: Call) -> Tensor:
         dream = self._dream(pattern, call)
         self._expect(pattern, dream, call)
+        given = {n: seen for n, seen in dream.observed.items() if n in pattern.latents}
+        plates = passes.subsamples(dream.trace)
+        has_code = self.code_weight > 0 and not pattern.lacks_data
+        code = self._code(call, dream, given) if has_code else {}
         dreamed = pattern.hand_over(dream, call)
         trace = passes.replay(self.guide, dreamed, passes.values(dream.trace))
         pattern.check_dreamed(dream.trace, trace)
         scored = [Scored(trace, passes.scored(trace, dream.trace), _unobserved(pattern, dream))]
         if pattern.is_supervised and self.supervise_encoder and not pattern.lacks_data:
-            given = {n: seen for n, seen in dream.observed.items() if n in pattern.latents}
-            at_data = passes.fill_in(self.guide, call, given, passes.subsamples(dream.trace))
+            at_data = passes.fill_in(self.guide, call, given, plates)
             scored.append(Scored(at_data, *_given_sites(at_data, given)))
-        return play.score(self.players[1], *scored)
+        utility = play.score(self.players[1], *scored)
+        if not code:
+            return utility
+        at_code = passes.fill_in(self.guide, call, {**given, **code}, plates)
+        log_prob = play.score(self.players[1], Scored(at_code, [*code], {}))
+        return utility + self.code_weight * (log_prob - log_prob.detach())
+
+    def _code(self, call: Call, dream: Run, given: Observations) -> Observations:
+        """The latents of a dream, dealt out to the data as far as that can be done."""
+        rows = shared_rows([dream.trace])
+        if rows is None:
+            return {}
+        values = {n: x for n, x in passes.drawn(dream.trace).items() if n not in given}
+        held = hold(values, rows), passes.complete(passes.subsamples(dream.trace))
+        with torch.no_grad(), buffers_kept():
+            trace = traced(self.guide, call, passes.clamp(given), *held)
+        laws = {
+            name: trace.variables[name]["fn"]
+            for name in passes.unobserved(trace, given)
+            if name in values and name not in trace.split
+        }
+        return {name: Observation(value) for name, value in deal(values, laws, rows).items()}
 
     def _wake(self, pattern: Pattern, call: Call) -> tuple[Record, Run]:
         completion, values = Record(), dict[str, Tensor]()

@@ -138,6 +138,10 @@ class SymmetricUtility(ELBO):
         """The two players, with what is found out about them on the way."""
         return self._on_stage(model, guide)[1]
 
+    def pair(self, model: Program, guide: Program) -> Pair:
+        """The two programs, with what is known of their batches."""
+        return self._on_stage(model, guide)[0]
+
     def _on_stage(self, model: Program, guide: Program) -> tuple[Pair, Stage]:
         if (model, guide) not in self._known:
             pair = Pair(model, guide, self.bind, self.supervise_encoder, self.draws)

@@ -1,0 +1,108 @@
+r"""A code for the data that an encoder makes up itself.
+
+Latents :math:`z_1, \dots, z_N` of a dream are dealt out to the rows :math:`x_1, \dots, x_N` of a
+batch. Each latent variable is dealt out alone: its largest value goes to the row whose score is
+largest, and so on down. The scores are the means that the encoder gives to the variable,
+decorrelated over the rows, so that no two variables say the same. All depends on the row as much
+as it can, then, be the scores ever so small; and the values still are draws of the prior.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical
+
+from pyro_symeq.metrics.mutual_information import independent_parts
+from pyro_symeq.rows import Rows
+from pyro_symeq.tracing import Site
+
+DECORRELATION = 0.6  # from 0: scores as they are, to 1: no two of them correlated
+
+
+class hold:  # noqa: N801
+    """Gives sites the values of a dream, those of its first row in all rows.
+
+    What a guide then makes of a row is due to its data, and not to latents drawn before.
+
+    Args:
+        values: The values by site.
+        rows: Where the rows lie.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], rows: Rows) -> None:
+        self.values = values
+        self.rows = rows
+
+    def __call__(self, msg: Site) -> None:  # noqa: D102
+        value = self.values.get(msg["name"])
+        if msg["value"] is None and value is not None:
+            dim = self.rows.dim - msg["fn"].event_dim
+            msg["value"] = value.narrow(dim, 0, 1).expand(value.shape)
+            msg["done"] = True
+
+
+def deal(values: Mapping[str, Tensor], laws: Mapping[str, Any], rows: Rows) -> dict[str, Tensor]:
+    """Deals values out to rows, in the order of the means that laws give to the rows.
+
+    Args:
+        values: Values by site.
+        laws: Distributions of the same sites, of the same shapes.
+        rows: Where the rows lie.
+
+    Returns:
+        The values in their new places; sites whose distribution has no mean are left out.
+    """
+    means = {name: mean for name, law in laws.items() if (mean := _mean(law)) is not None}
+    scores = [_by_row(mean, laws[name], rows) for name, mean in means.items()]
+    if not scores:
+        return {}
+    decorrelated = _decorrelated(torch.cat(scores, 1)).split([len(x.T) for x in scores], 1)
+    return {
+        name: _dealt(values[name], order, laws[name], rows)
+        for name, order in zip(means, decorrelated, strict=True)
+    }
+
+
+def _mean(law: Any) -> Tensor | None:
+    part, _ = independent_parts(law)
+    try:
+        return (part.probs @ _ramp(part.probs)) if isinstance(part, Categorical) else part.mean
+    except NotImplementedError:
+        return None
+
+
+def _by_row(value: Tensor, law: Any, rows: Rows) -> Tensor:
+    """One number for each row and independent variable, with shape :math:`(N, J)`."""
+    value = torch.nan_to_num(value.float())
+    part, num_dims = independent_parts(law)
+    for _ in range(part.event_dim):
+        value = value @ _ramp(value)
+    return value.movedim(rows.dim - num_dims, 0).reshape(rows.size, -1)
+
+
+def _ramp(value: Tensor) -> Tensor:
+    """The direction along which vectors are ordered: one-hot ones by their category."""
+    return torch.arange(value.shape[-1], device=value.device).to(value)
+
+
+def _decorrelated(scores: Tensor) -> Tensor:
+    r"""Shrinks the differences between the variances of the principal components of scores.
+
+    For scores :math:`U S V^T`, centred and of unit variance, it is :math:`U S^{1 - d} V^T`.
+    """
+    centred = scores - scores.mean(0)
+    scaled = centred / centred.square().mean(0).sqrt().clamp(min=torch.finfo(scores.dtype).tiny)
+    u, s, v = torch.linalg.svd(scaled, full_matrices=False)
+    return u @ (s.pow(1 - DECORRELATION).unsqueeze(1) * v)
+
+
+def _dealt(value: Tensor, scores: Tensor, law: Any, rows: Rows) -> Tensor:
+    part, num_dims = independent_parts(law)
+    dealt = torch.empty_like(scores, dtype=torch.long)
+    dealt.scatter_(0, scores.argsort(0), _by_row(value, law, rows).argsort(0))
+    dim = rows.dim - num_dims - part.event_dim
+    moved = value.movedim(dim, 0)
+    index = dealt.reshape(moved.shape[: moved.dim() - part.event_dim] + (1,) * part.event_dim)
+    return moved.gather(0, index.expand(moved.shape)).movedim(0, dim)
