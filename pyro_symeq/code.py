@@ -18,7 +18,7 @@ from pyro_symeq.metrics.mutual_information import independent_parts
 from pyro_symeq.rows import Rows
 from pyro_symeq.tracing import Site
 
-DECORRELATION = 0.6  # from 0: scores as they are, to 1: no two of them correlated
+DECORRELATION = 0.75  # from 0: scores as they are, to 1: no two of them correlated
 
 
 class hold:  # noqa: N801
@@ -55,10 +55,10 @@ def deal(values: Mapping[str, Tensor], laws: Mapping[str, Any], rows: Rows) -> d
         The values in their new places; sites whose distribution has no mean are left out.
     """
     means = {name: mean for name, law in laws.items() if (mean := _mean(law)) is not None}
-    scores = [_by_row(mean, laws[name], rows) for name, mean in means.items()]
+    scores = [_by_variable(mean, laws[name], rows) for name, mean in means.items()]
     if not scores:
         return {}
-    decorrelated = _decorrelated(torch.cat(scores, 1)).split([len(x.T) for x in scores], 1)
+    decorrelated = _decorrelated(torch.cat(scores)).split([len(x) for x in scores])
     return {
         name: _dealt(values[name], order, laws[name], rows)
         for name, order in zip(means, decorrelated, strict=True)
@@ -73,13 +73,13 @@ def _mean(law: Any) -> Tensor | None:
         return None
 
 
-def _by_row(value: Tensor, law: Any, rows: Rows) -> Tensor:
-    """One number for each row and independent variable, with shape :math:`(N, J)`."""
+def _by_variable(value: Tensor, law: Any, rows: Rows) -> Tensor:
+    """One number for each independent variable and row, with shape :math:`(J, N)`."""
     value = torch.nan_to_num(value.float())
     part, num_dims = independent_parts(law)
     for _ in range(part.event_dim):
         value = value @ _ramp(value)
-    return value.movedim(rows.dim - num_dims, 0).reshape(rows.size, -1)
+    return value.movedim(rows.dim - num_dims, -1).reshape(-1, rows.size)
 
 
 def _ramp(value: Tensor) -> Tensor:
@@ -92,17 +92,22 @@ def _decorrelated(scores: Tensor) -> Tensor:
 
     For scores :math:`U S V^T`, centred and of unit variance, it is :math:`U S^{1 - d} V^T`.
     """
-    centred = scores - scores.mean(0)
-    scaled = centred / centred.square().mean(0).sqrt().clamp(min=torch.finfo(scores.dtype).tiny)
-    u, s, v = torch.linalg.svd(scaled, full_matrices=False)
-    return u @ (s.pow(1 - DECORRELATION).unsqueeze(1) * v)
+    tiny = torch.finfo(scores.dtype).tiny
+    centred = scores - scores.mean(1, keepdim=True)
+    scaled = centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=tiny)
+    x = scaled if len(scores) < scores.shape[1] else scaled.T
+    variances, components = torch.linalg.eigh(x @ x.T)
+    least = (1e-6 * variances[-1]).clamp(min=tiny)
+    x = (components * variances.clamp(min=least).pow(-DECORRELATION / 2)) @ (components.T @ x)
+    return x if len(scores) < scores.shape[1] else x.T
 
 
 def _dealt(value: Tensor, scores: Tensor, law: Any, rows: Rows) -> Tensor:
     part, num_dims = independent_parts(law)
-    dealt = torch.empty_like(scores, dtype=torch.long)
-    dealt.scatter_(0, scores.argsort(0), _by_row(value, law, rows).argsort(0))
+    source = torch.empty_like(scores, dtype=torch.long)
+    source.scatter_(1, scores.argsort(1), _by_variable(value, law, rows).argsort(1))
     dim = rows.dim - num_dims - part.event_dim
+    ones = (1,) * part.event_dim
     moved = value.movedim(dim, 0)
-    index = dealt.reshape(moved.shape[: moved.dim() - part.event_dim] + (1,) * part.event_dim)
+    index = source.T.reshape(moved.shape[: moved.dim() - part.event_dim] + ones)
     return moved.gather(0, index.expand(moved.shape)).movedim(0, dim)

@@ -58,10 +58,11 @@ class SymmetricEquilibrium(Game):
         encoder_steps: How often the encoder does.
         encoder_warmup: In how many first calls the encoder alone moves, on dreams of the untrained
             decoder.
-        code_warmup: In how many calls the encoder learns a code for the data besides, if after 50
+        code_warmup: For how many calls the encoder learns a code for the data besides, if after 50
             calls its latents, 8 or more, say hardly anything about them: less than 0.1 bits each
-            on average. The code counts in the gradient, not in the utility, and ever less: it is gone at the
-            end. With 0, there is none.
+            on average. Draws of the prior are dealt out to the rows in the order of the encoder's
+            own means, in every second call. They count in its gradient, not in its utility, and
+            ever less: at the end, the game is what it was. With 0, there is no code.
         watch: After how many calls, each time, the loss has ``.information``; 0: never.
         parameters: Modules whose parameters are the ``"decoder"``'s or the ``"encoder"``'s own,
             where what the model touches isn't to be the decoder's; see :class:`Player`.
@@ -114,7 +115,7 @@ class SymmetricEquilibrium(Game):
         decoder_steps: int = 1,
         encoder_steps: int = 1,
         encoder_warmup: int = 0,
-        code_warmup: int = 200,
+        code_warmup: int = 500,
         watch: int = 0,
         parameters: Mapping[str, Own] | None = None,
         capture: Captures = False,
@@ -212,10 +213,11 @@ class SymmetricEquilibrium(Game):
         self._code_begun = begun
 
     def _code_weight(self) -> float:
-        """How much a code for the data counts in this step."""
+        """How much a code for the data counts in this step: twice in every second one."""
         if self._code_begun is None or self.code_warmup == 0:
             return 0.0
-        return max(0.0, 1 - (self.num_steps - self._code_begun) / self.code_warmup)
+        since = self.num_steps - self._code_begun
+        return 0.0 if since % 2 else 2 * max(0.0, 1 - since / self.code_warmup)
 
     def _look(self, call: Call, loss: SymmetricLoss) -> None:
         """Looks at the information in the latents, where it is wanted or matters."""
@@ -240,8 +242,8 @@ class SymmetricEquilibrium(Game):
         found = (pair.information(play, batch.call, NUM_DRAWS) for batch in batches(call))
         return next(filter(None, found), {})
 
-    def _is_alike(self) -> bool:
-        return self._code_weight() == 0
+    def _unlike(self) -> set[str]:
+        return {"encoder"} if self._code_weight() else set()
 
     def _awake(self) -> set[str]:
         warming_up = self.num_steps < self.encoder_warmup

@@ -390,9 +390,9 @@ class Game:
         """The players that may move in this step."""
         return set(self._learners) - self._frozen
 
-    def _is_alike(self) -> bool:
-        """Whether this step is like others, which may replay what it does."""
-        return True
+    def _unlike(self) -> set[str]:
+        """The players whose utility in this step is unlike that in others, and isn't recorded."""
+        return set()
 
     def _watched(self) -> set[str]:
         """The players whose utility a step tells even where they don't move."""
@@ -411,10 +411,12 @@ class Game:
     def _moved(self, call: Call, rounds: Rounds) -> dict[str, Tensor]:
         """Lets players move in the fastest way there is; returns their utilities before."""
         capture = self._capture
-        occasion = capture.occasion(call) if capture and self._is_alike() else None
+        occasion = None if capture is None else capture.occasion(call)
         if capture is None or occasion is None:
             return self._move(rounds, lambda name: ascent(partial(self._score, name), call))
-        graph = None if self._graphs is None else self._graphs.find(occasion, rounds)
+        graph = None
+        if self._graphs is not None and not self._unlike():
+            graph = self._graphs.find(occasion, rounds)
         if graph is None:
             return self._move(rounds, partial(self._recalled, capture, occasion))
         return graph(occasion.tensors)
@@ -433,7 +435,7 @@ class Game:
         """Where a player goes from where it stands, by its recorded lesson if there is one."""
         reason = None
         try:
-            lesson = capture.lesson(name, occasion)
+            lesson = None if name in self._unlike() else capture.lesson(name, occasion)
             if lesson is not None:
                 recalled = lesson(occasion.tensors)
                 if not is_awaited(recalled.utility) or math.isfinite(recalled.utility.item()):

@@ -185,6 +185,7 @@ def test_the_code_counts_in_the_gradient_of_the_encoder_alone():
 
 
 def test_its_weight_falls_in_a_line_to_nothing():
+    """It counts in every second step."""
     pair, x = Pair(gain=0.3), data()
     symeq = game(pair, SGD({"lr": 1.0}), code_warmup=4)
     plain = gradients(symeq, pair, x)[0]
@@ -194,18 +195,19 @@ def test_its_weight_falls_in_a_line_to_nothing():
         moved = gradients(symeq, pair, x)[0]
         excess.append(moved["features.weight"] - plain["features.weight"])
     for since, one in enumerate(excess):
-        torch.testing.assert_close(one, max(0.0, 1 - since / 4) * excess[0])
+        share = 0.0 if since % 2 else max(0.0, 1 - since / 4)
+        torch.testing.assert_close(one, share * excess[0])
     assert excess[0].abs().max() > 0.1
 
 
 def test_it_makes_the_encoder_tell_rows_apart():
-    x = data()
-    coded = steps(begun(game(Pair(), code_warmup=100, watch=40), 0), x, 40)[-1]
+    x, adam = data(), Adam({"lr": 0.03})
+    coded = steps(begun(game(Pair(), adam, code_warmup=100, watch=60), 0), x, 60)[-1]
     pyro.clear_param_store()
-    plain = steps(game(Pair(), code_warmup=0, watch=40), x, 40)[-1]
+    plain = steps(game(Pair(), adam, code_warmup=0, watch=60), x, 60)[-1]
     for site in ("z0", "z1"):
-        assert coded.information[site].mean() > 0.03
-        assert coded.information[site].mean() > 5 * plain.information[site].mean()
+        assert coded.information[site].mean() > 0.05
+        assert coded.information[site].mean() > 2 * plain.information[site].mean()
 
 
 def test_after_the_warmup_the_game_is_what_it_was():
