@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["DataError", "Images", "load"]
+__all__ = ["DataError", "Images", "load", "load_gray"]
 
 NUM_CLASSES = 10
 TORCHVISION_NAMES = {"mnist": "MNIST", "fashion": "FashionMNIST"}
+LEAST_INK = {"digits": 8 / 16, "mnist": 112 / 255, "fashion": 112 / 255}
 
 
 class DataError(Exception):
@@ -24,7 +25,7 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class Images:
-    """Binary images with their classes, some of them held out.
+    """Images with their classes, some of them held out.
 
     Args:
         x: Training images, with shape :math:`(N, D)`.
@@ -49,12 +50,30 @@ class Images:
 
 
 def load(name: str, root: Path) -> Images:
-    """Loads a data set.
+    """Loads a data set of binary images.
 
     Args:
         name: ``digits`` (comes with scikit-learn), ``mnist`` or ``fashion``.
         root: The folder that holds MNIST and Fashion-MNIST as torchvision lays them out; they are
             downloaded to it where they are missing.
+
+    Returns:
+        The images and classes, in torch's default dtype.
+
+    Raises:
+        DataError: The files are missing and the download failed, or they are damaged.
+    """
+    gray, least = load_gray(name, root), LEAST_INK[name]
+    x, held_out_x = ((x >= least).to(x) for x in (gray.x, gray.held_out_x))
+    return replace(gray, x=x, held_out_x=held_out_x)
+
+
+def load_gray(name: str, root: Path) -> Images:
+    """Loads a data set of gray images, whose pixels are between 0 and 1.
+
+    Args:
+        name: See :func:`load`.
+        root: Likewise.
 
     Returns:
         The images and classes, in torch's default dtype.
@@ -74,11 +93,11 @@ def _images(x: Tensor, y: Tensor, held_out_x: Tensor, held_out_y: Tensor) -> Ima
 
 
 def _digits(num_training: int = 1400) -> Images:
-    """1,797 digits of 8x8 pixels with 17 grey values, in a fixed shuffled order."""
+    """1,797 digits of 8x8 pixels with 17 gray values, in a fixed shuffled order."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    x = torch.from_numpy(digits.data) >= 8
+    x = torch.from_numpy(digits.data) / 16
     y = torch.from_numpy(digits.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     training, held_out = order[:num_training], order[num_training:]
@@ -86,7 +105,7 @@ def _digits(num_training: int = 1400) -> Images:
 
 
 def _torchvision(name: str, root: Path) -> Images:
-    """60,000 images for training and 10,000 held out, of 28x28 pixels with 256 grey values."""
+    """60,000 images for training and 10,000 held out, of 28x28 pixels with 256 gray values."""
     folder = root / name / "raw"
     stems = [
         f"{part}-{kind}-ubyte"
@@ -96,7 +115,7 @@ def _torchvision(name: str, root: Path) -> Images:
     if not all(_find(folder, stem) for stem in stems):
         _download(name, root, stems)
     x, y, held_out_x, held_out_y = (_read(folder, stem) for stem in stems)
-    return _images(x >= 112, y, held_out_x >= 112, held_out_y)
+    return _images(x / 255, y, held_out_x / 255, held_out_y)
 
 
 def _find(folder: Path, stem: str) -> Path | None:
