@@ -6,10 +6,10 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help venv demo bench test lint types docs clean
+.PHONY: help venv demo bench robustness test lint types docs clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 19
 
 venv: .venv/installed  ## create .venv and install the package with all it needs
 
@@ -18,6 +18,9 @@ demo: venv  ## train on handwritten digits and draw the result (options: ARGS="-
 
 bench: venv  ## time a training step beside a loop by hand and Pyro's (options: ARGS=--full)
 	$(BIN)/python benchmarks/steps.py $(ARGS)
+
+robustness: venv  ## tell which architectures learn, by which method (options: ARGS=--quick)
+	$(BIN)/python benchmarks/robustness.py $(ARGS)
 
 test: lint types docs  ## all checks: lint, types, docs, then the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
