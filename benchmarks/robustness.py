@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
 from architectures import ARCHITECTURES, QUICK  # noqa: E402
 from cli import count, ended_cleanly  # noqa: E402
+from curves import draw  # noqa: E402
 from data import DataError  # noqa: E402
 from learners import METHODS  # noqa: E402
 from reports import report  # noqa: E402
@@ -98,6 +99,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--retry", action="store_true", help="repeat the runs that failed, too")
     parser.add_argument("--report", action="store_true", help="run nothing; print the tables")
+    parser.add_argument("--plot", type=Path, help="draw the bits of the data set's runs there")
     options = parser.parse_args(arguments)
     quick = options.quick
     options.methods = options.methods or list(FIRST if quick else METHODS)
@@ -112,7 +114,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if not options.report:
         measure(options)
-    print(report(read(options.json)))
+    records = read(options.json)
+    print(report(records))
+    if options.plot:
+        wanted = [record for record in records if _is_wanted(record.run, options)]
+        if not wanted:
+            raise SystemExit(f"There are no runs to draw in {options.json}.")
+        draw(wanted, options.plot)
+
+
+def _is_wanted(run: Run, options: argparse.Namespace) -> bool:
+    return (run.data, run.steps) == (options.data, options.steps) and run.method in options.methods
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ with ended_cleanly("digits.py"):
     from figures import draw
     from networks import LadderVAE
     from pyro_symeq import SymmetricEquilibrium
+    from pyro_symeq.metrics import information
     from training import cosine
 
 
@@ -102,6 +103,7 @@ class Training:
         self.settings = settings
         self.checkpoint = checkpoint
         self.seconds = 0.0
+        self.bits: float | None = None
         self.vae = LadderVAE(
             images.side,
             settings.num_styles,
@@ -112,7 +114,12 @@ class Training:
         schedule = settings.steps, settings.learning_rate, settings.weight_decay
         self.optims = cosine(*schedule), cosine(*schedule)
         self.symeq = SymmetricEquilibrium(
-            self.vae.model, self.vae.guide, self.optims, supervise_encoder=False
+            self.vae.model,
+            self.vae.guide,
+            self.optims,
+            supervise_encoder=False,  # it learns from dreams alone
+            code_warmup=0,
+            watch=50,
         )
 
     @property
@@ -138,7 +145,10 @@ class Training:
                 utilities = self.step()
                 mean = utilities if mean is None else mean.lerp(utilities, 0.02)
                 self.seconds = time.perf_counter() - start
-                bar.set_postfix_str(f"L_p {mean[0]:.1f}, L_q {mean[1]:.1f} nats", refresh=False)
+                told = "" if self.bits is None else f", {self.bits:.1f} bits in latents"
+                bar.set_postfix_str(
+                    f"L_p {mean[0]:.1f}, L_q {mean[1]:.1f} nats{told}", refresh=False
+                )
                 bar.update()
                 if self.num_steps % every == 0:
                     bar.write(self.line(mean))
@@ -153,6 +163,8 @@ class Training:
         loss = self.symeq.step(x[batch], y[batch])
         for optim in self.optims:
             optim.step()
+        if loss.information is not None:
+            self.bits = sum(bits.sum().item() for bits in loss.information.values())
         return torch.tensor([loss.decoder, loss.encoder]) / len(batch)
 
     def line(self, utilities: Tensor) -> str:
@@ -221,46 +233,6 @@ def interrupts() -> Iterator[Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-@torch.no_grad()
-def information(vae: LadderVAE, x: Tensor, num_draws: int = 100) -> dict[str, float]:
-    r"""Estimates how much each latent layer of the encoder says about the image, in bits.
-
-    For the variables :math:`z_j` of a layer, each bit or the class as a whole, it is the sum of
-    their mutual informations with an image drawn from the given ones,
-
-    .. math::
-        \sum_j \Big( H\big[ \tfrac1N \sum_n q(z_j \mid x_n) \big]
-            - \tfrac1N \sum_n H[ q(z_j \mid x_n) ] \Big).
-
-    It is zero for a layer that ignores the image. What several variables of a layer tell alike is
-    counted for each of them. The posterior of z1 is a mean over draws of style and class,
-    :math:`q(z_1 \mid x) \approx \frac1K \sum_k q(z_1 \mid s_k, y_k, x)`, which adds at most about
-    :math:`1 / (2 K \ln 2)` bits for each bit of z1.
-
-    Args:
-        vae: The pair.
-        x: Images, with shape :math:`(N, D)`.
-        num_draws: The number of draws :math:`K`.
-
-    Returns:
-        Bits by latent site.
-    """
-    posteriors = {site: x.new_zeros(()) for site in ("style", "class", "z1")}
-    for _ in range(num_draws):
-        trace = poutine.trace(vae.guide).get_trace(x)
-        for site in posteriors:
-            posteriors[site] = posteriors[site] + _mean(trace, site) / num_draws
-    return {site: _mutual_information(q, site == "class") for site, q in posteriors.items()}
-
-
-def _mutual_information(q: Tensor, is_one_hot: bool) -> float:
-    def entropy(q: Tensor) -> Tensor:
-        nats = torch.special.entr(q) + (0 if is_one_hot else torch.special.entr(1 - q))
-        return nats.sum(-1) / math.log(2)
-
-    return (entropy(q.mean(0)) - entropy(q).mean()).item()
-
-
 def _mean(trace: poutine.Trace, site: str) -> Tensor:
     """The mean of the distribution of a site; of binary variables, their probabilities."""
     distribution: Any = trace.nodes[site]["fn"]
@@ -271,7 +243,8 @@ def report(training: Training) -> None:
     """Prints what a trained pair can do, on the held-out images."""
     x, y = training.images.held_out_x, training.images.held_out_y
     loss = training.symeq.evaluate_loss(x, y)
-    bits = information(training.vae, x[:1000])
+    latents = information(training.vae.guide, x[:1000], num_draws=100)
+    bits = {site: each.sum().item() for site, each in latents.items()}
     print(f"""
 held-out accuracy of the encoder      {training.accuracy():9.4f}
 utility of the decoder, L_p           {loss.decoder / len(x):9.2f} nats per image
