@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any, Literal, cast
 
-import torch
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
@@ -29,13 +28,11 @@ from pyro_symeq.loss import SymmetricLoss
 from pyro_symeq.rehearsal import Bind
 from pyro_symeq.strategy import State
 from pyro_symeq.utility import SymmetricUtility
+from pyro_symeq.warmup import CodeWarmup
 
 __all__ = ["SymmetricEquilibrium"]
 
 NUM_DRAWS = 4  # of the guide, for the information in its latents
-CODE_AFTER, CODE_BELOW = 50, 0.1  # steps, and bits in a latent on average
-WARN_AFTER, WARN_BELOW = 500, 0.02
-NUM_LATENTS = 8  # fewer may have little to say
 
 
 class SymmetricEquilibrium(Game):
@@ -141,7 +138,7 @@ class SymmetricEquilibrium(Game):
         self.encoder_warmup = encoder_warmup
         self.code_warmup = code_warmup
         self.watch = watch
-        self._code_begun: int | None = None
+        self._code = CodeWarmup(code_warmup)
         utilities = self.utility.stage(model, guide).utilities
         decoder, encoder = _pair_of_optims(optim)
         super().__init__(
@@ -179,7 +176,7 @@ class SymmetricEquilibrium(Game):
                 validation off, what is not finite is told when the loss is read.
         """
         pair = self.utility.pair(self.model, self.guide)
-        pair.code_weight = self._code_weight()
+        pair.code_weight = self._code.weight(self.num_steps)
         try:
             loss = cast(SymmetricLoss, super().step(*args, **kwargs))
         finally:
@@ -200,42 +197,27 @@ class SymmetricEquilibrium(Game):
         return cast(SymmetricLoss, super().evaluate_loss(*args, **kwargs))
 
     def state_dict(self) -> State:  # noqa: D102
-        return {**super().state_dict(), "code_begun": self._code_begun}
+        return {**super().state_dict(), "code_begun": self._code.begun}
 
     def load_state_dict(self, state: State) -> None:  # noqa: D102
-        rest, begun = state, None
+        code = CodeWarmup(self.code_warmup)
         if isinstance(state, Mapping):
-            rest = {key: value for key, value in state.items() if key != "code_begun"}
-            begun = state.get("code_begun")
-        if begun is not None:
-            check_count("code_begun", begun, at_least=0)
-        super().load_state_dict(rest)
-        self._code_begun = begun
-
-    def _code_weight(self) -> float:
-        """How much a code for the data counts in this step: twice in every second one."""
-        if self._code_begun is None or self.code_warmup == 0:
-            return 0.0
-        since = self.num_steps - self._code_begun
-        return 0.0 if since % 2 else 2 * max(0.0, 1 - since / self.code_warmup)
+            code.load(state.get("code_begun"))
+            state = {key: value for key, value in state.items() if key != "code_begun"}
+        super().load_state_dict(state)
+        self._code = code
 
     def _look(self, call: Call, loss: SymmetricLoss) -> None:
         """Looks at the information in the latents, where it is wanted or matters."""
-        steps = self.num_steps
-        is_watched = self.watch > 0 and steps % self.watch == 0
-        may_begin = self.code_warmup > 0 and steps == CODE_AFTER
-        if not (is_watched or may_begin or steps == WARN_AFTER):
+        is_watched = self.watch > 0 and self.num_steps % self.watch == 0
+        matters = self._code.looks(self.num_steps)
+        if not (is_watched or matters):
             return
         information = self._information(call)
         if is_watched:
             loss.information = information
-        bits = torch.cat([torch.zeros(0), *(x.flatten().cpu() for x in information.values())])
-        if len(bits) < NUM_LATENTS:
-            return
-        if may_begin and bits.mean() < CODE_BELOW:
-            self._code_begun = steps
-        if steps == WARN_AFTER and bits.mean() < WARN_BELOW:
-            _warn_of_collapse(steps, information)
+        if matters:
+            self._code.look(self.num_steps, information)
 
     def _information(self, call: Call) -> dict[str, Tensor]:
         pair, play = self.utility.pair(self.model, self.guide), self._stage.play()
@@ -243,7 +225,7 @@ class SymmetricEquilibrium(Game):
         return next(filter(None, found), {})
 
     def _unlike(self) -> set[str]:
-        return {"encoder"} if self._code_weight() else set()
+        return {"encoder"} if self._code.weight(self.num_steps) else set()
 
     def _awake(self) -> set[str]:
         warming_up = self.num_steps < self.encoder_warmup
@@ -260,18 +242,6 @@ def _schedule(updates: str, decoder_steps: int, encoder_steps: int) -> Iterator[
     else:
         for names in zip_longest(decoder, encoder):
             yield tuple(name for name in names if name is not None)
-
-
-def _warn_of_collapse(steps: int, information: Mapping[str, Tensor]) -> None:
-    bits = {name: round(each.sum().item(), 2) for name, each in information.items()}
-    warnings.warn(
-        f"After {steps} steps the latents say hardly anything about the data: {bits} bits. The "
-        "decoder unlearns its latents before the encoder can set them, and training may stop "
-        "here. Leave code_warmup= on; give networks centred codes (2 * z - 1 for bits), smooth "
-        "activations (SiLU, tanh) and initial weights of unit gain. See 'When training collapses' "
-        "in the documentation.",
-        stacklevel=4,
-    )
 
 
 def _utility(loss: Any, bind: Bind | None, supervise_encoder: bool) -> SymmetricUtility:

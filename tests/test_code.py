@@ -70,7 +70,7 @@ def steps(symeq, x, number):
 
 def begun(symeq, step):
     """Lets the code have begun after some step."""
-    symeq._code_begun = step
+    symeq._code.begun = step
     return symeq
 
 

@@ -99,7 +99,7 @@ def test_latents_above_are_averaged_out():
     """The enumerated posterior of the second layer; the estimate has a bias of 1/K."""
     ladder, x = Ladder(), bits(3)
     with torch.no_grad():
-        for p in ladder.phi:
+        for p in [*ladder.phi, *ladder.d1.parameters()]:
             p.mul_(5)
         q0 = torch.sigmoid(ladder.e0(x))
         z0 = bits(2)

@@ -1,0 +1,77 @@
+"""When an encoder learns a code for the data, and the warning where that didn't help.
+
+An untrained pair whose latents say hardly anything about the data may never leave this state. It is
+seen by the information in its latents, in the steps in which it matters.
+"""
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_symeq.checks import check_count
+
+BEGIN_AFTER, BEGIN_BELOW = 50, 0.1  # steps, and bits in a latent on average
+WARN_AFTER, WARN_BELOW = 500, 0.02
+NUM_LATENTS = 8  # fewer may have little to say
+
+
+class CodeWarmup:
+    """The part of a schedule in which the encoder learns a code, see :mod:`pyro_symeq.code`.
+
+    Args:
+        num_steps: How long it lasts; 0: it never begins.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self.begun: int | None = None
+
+    def load(self, begun: int | None) -> None:
+        """Goes back to where it had begun after so many steps, if it had.
+
+        Raises:
+            ValueError: It is no number of steps.
+        """
+        if begun is not None:
+            check_count("code_begun", begun, at_least=0)
+        self.begun = begun
+
+    def weight(self, steps: int) -> float:
+        """How much the code counts after so many steps: twice in every second one."""
+        if self.begun is None or self.num_steps == 0:
+            return 0.0
+        since = steps - self.begun
+        return 0.0 if since % 2 else 2 * max(0.0, 1 - since / self.num_steps)
+
+    def looks(self, steps: int) -> bool:
+        """Whether it matters after so many steps what the latents say."""
+        return steps == WARN_AFTER or (steps == BEGIN_AFTER and self.num_steps > 0)
+
+    def look(self, steps: int, information: Mapping[str, Tensor]) -> None:
+        """Begins, or warns of a collapse, if latents say too little.
+
+        Args:
+            steps: After how many steps.
+            information: What each latent says about a batch (bits), by site.
+        """
+        bits = torch.cat([torch.zeros(0), *(x.flatten().cpu() for x in information.values())])
+        if len(bits) < NUM_LATENTS:
+            return
+        if steps == BEGIN_AFTER and bits.mean() < BEGIN_BELOW:
+            self.begun = steps
+        if steps == WARN_AFTER and bits.mean() < WARN_BELOW:
+            _warn_of_collapse(steps, information)
+
+
+def _warn_of_collapse(steps: int, information: Mapping[str, Tensor]) -> None:
+    bits = {name: round(each.sum().item(), 2) for name, each in information.items()}
+    warnings.warn(
+        f"After {steps} steps the latents say hardly anything about the data: {bits} bits. The "
+        "decoder unlearns its latents before the encoder can set them, and training may stop "
+        "here. Leave code_warmup= on; give networks centred codes (2 * z - 1 for bits), smooth "
+        "activations (SiLU, tanh) and initial weights of unit gain. See 'When training collapses' "
+        "in the documentation.",
+        stacklevel=5,
+    )
