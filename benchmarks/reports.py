@@ -55,8 +55,13 @@ def _summary(verdicts: Verdicts) -> Iterator[str]:
         yield f"{method}: {verdicts.num_carrying(method)} architectures carry information"
     if "game" not in verdicts.methods:
         return
-    yield f"warned, of runs of the game where it was due: {verdicts.warned(is_due=True)}"
-    yield f"warned, of the other runs of the game: {verdicts.warned(is_due=False)}"
+    kinds = {
+        "were stuck after 1,000 steps": verdicts.stuck,
+        "weren't": lambda game: not verdicts.stuck(game),
+        "carry no information in the end": verdicts.is_poor,
+    }
+    for kind, is_meant in kinds.items():
+        yield f"warned within 500 steps, of the game's runs that {kind}: {verdicts.warned(is_meant)}"
     worst = verdicts.worst_loss()
     if worst is not None:
         nats, record = worst

@@ -1,12 +1,12 @@
 r"""What follows from the records of runs with one data set.
 
-A pair has collapsed if its latents carry fewer bits about held-out images than a threshold, all of
-them together. A warning is due in a run of the plain game that collapses, or ends more than a few
-nats below the run of the game with its cure from the same start.
+A pair carries information if its latents, all of them together, say more bits about held-out images
+than a threshold. A run is stuck if they say less than a quarter of that about a batch after 1,000
+steps. So a run that carries no information in the end was stuck, or it has lost what it had.
 """
 
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from runs import Record
@@ -14,8 +14,7 @@ from runs import Record
 __all__ = ["Share", "Verdicts"]
 
 FEW_BITS = {"mnist": 20.0, "digits": 8.0}
-MANY_NATS = 2.0
-SOON = 500
+SOON, STUCK_AFTER = 500, 1000
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,14 @@ class Verdicts:
         ]
         return statistics.median(ratios) if ratios else None
 
-    def collapsed(self, record: Record) -> bool:
+    def is_poor(self, record: Record) -> bool:
         """Whether the latents of a run that ended carry hardly any information."""
         return record.total is not None and record.total < self.few_bits
 
     def carries(self, method: str, architecture: str) -> bool:
         """Whether the runs of all seeds carry information."""
         records = self.of(method, architecture)
-        return all(record.error is None and not self.collapsed(record) for record in records)
+        return all(record.error is None and not self.is_poor(record) for record in records)
 
     def num_carrying(self, method: str) -> Share:
         """How many architectures carry information."""
@@ -104,12 +103,17 @@ class Verdicts:
             if self.of(method, architecture)
         )
 
-    def warned(self, is_due: bool) -> Share:
-        """How many runs of the plain game warned soon, of those in which it was due or wasn't."""
+    def stuck(self, record: Record) -> bool:
+        """Whether the latents of a run said next to nothing after 1,000 steps, or at its end."""
+        early = [bits for step, bits in record.history if step <= STUCK_AFTER]
+        return bool(early) and early[-1] < self.few_bits / 4
+
+    def warned(self, is_meant: Callable[[Record], bool]) -> Share:
+        """How many runs of the plain game warned soon, of those that are meant."""
         return Share.of(
             game.warned is not None and game.warned <= SOON
             for game in self._games()
-            if self._is_due(game) == is_due
+            if is_meant(game)
         )
 
     def worst_loss(self) -> tuple[float, Record] | None:
@@ -125,13 +129,6 @@ class Verdicts:
     def _games(self) -> Iterator[Record]:
         for architecture in self.architectures:
             yield from (game for game in self.of("game", architecture) if game.error is None)
-
-    def _is_due(self, game: Record) -> bool:
-        run = game.run
-        cured = self._records.get(("cure", run.architecture, run.seed))
-        if self.collapsed(game) or cured is None or cured.likelihood is None:
-            return self.collapsed(game)
-        return game.likelihood is not None and game.likelihood < cured.likelihood - MANY_NATS
 
     def _beside_game(self, method: str, architecture: str) -> Iterator[tuple[Record, Record]]:
         """The runs of the plain game, and those of a method from the same start."""

@@ -211,15 +211,15 @@ def record(method, architecture="a", seed=0, bits=30.0, nats=-100.0, **others):
 
 
 RECORDS = [
-    record("game", "a", 0, warned=400),
+    record("game", "a", 0, warned=400, history=[(500, 3.0), (1000, 25.0)]),
     record("game", "a", 1, bits=25.0, nats=-104.0, seconds=20.0),
     record("cure", "a", 0, bits=35.0, nats=-101.5, seconds=11.0),
     record("cure", "a", 1, bits=40.0, nats=-103.5, seconds=20.0),
-    record("game", "b", 0, bits=2.0, nats=-200.0, warned=500),
-    record("game", "b", 1, bits=2.0, nats=-200.0, warned=600),
+    record("game", "b", 0, bits=2.0, nats=-200.0, warned=500, history=[(1000, 4.9), (1500, 9.0)]),
+    record("game", "b", 1, bits=2.0, nats=-200.0, warned=600, history=[(600, 0.0)]),
     record("cure", "b", 0, bits=30.0, nats=-120.0),
     record("cure", "b", 1, bits=10.0, nats=-121.0),
-    record("game", "c", 0, nats=-110.0, warned=200),  # 5 nats below the cured run
+    record("game", "c", 0, nats=-110.0, bits=19.0, history=[(1000, 5.1)]),  # has lost bits
     record("cure", "c", 0, nats=-105.0),
     Record(Run("mnist", "a", "svi", 0, 3000), seconds=1.0, error="ValueError: no"),
 ]
@@ -231,11 +231,12 @@ def test_verdicts():
     assert verdicts.likelihood("game", "a") == -102
     assert verdicts.ratio("cure", "a") == pytest.approx(1.05)  # of 1.1 and 1
     assert verdicts.ratio("svi", "a") is None
-    assert verdicts.num_carrying("game") == Share(2, 3)
+    assert verdicts.num_carrying("game") == Share(1, 3)
     assert verdicts.num_carrying("cure") == Share(2, 3)  # not b, for a seed
     assert verdicts.num_carrying("svi") == Share(0, 1)
-    assert verdicts.warned(is_due=True) == Share(2, 3)  # b twice, of which once too late; c
-    assert verdicts.warned(is_due=False) == Share(1, 2)
+    assert verdicts.warned(verdicts.stuck) == Share(1, 2)  # b twice, of which once too late
+    assert verdicts.warned(lambda game: not verdicts.stuck(game)) == Share(1, 3)
+    assert verdicts.warned(verdicts.is_poor) == Share(1, 3)
     nats, worst = verdicts.worst_loss()
     assert (nats, worst.run.architecture, worst.run.seed) == (1.5, "a", 0)
 
@@ -247,12 +248,16 @@ def test_report():
         "game bits nats time cure bits nats time svi bits nats time".split(),
         "a 25.0 -102.0 1.00 35.0 -102.5 1.05 1 failed, - - -".split(),
         "b 2.0* -200.0 1.00 10.0* -120.5 1.00 - - -".split(),
-        "c 30.0 -110.0 1.00 30.0 -105.0 1.00 - - -".split(),
+        "c 19.0* -110.0 1.00 30.0 -105.0 1.00 - - -".split(),
     ]
     assert len({len(line) for line in lines[2:6]}) == 1
-    assert "game: 2 of 3 (67%) architectures carry information" in lines
-    assert "warned, of runs of the game where it was due: 2 of 3 (67%)" in lines
-    assert "warned, of the other runs of the game: 1 of 2 (50%)" in lines
+    assert "game: 1 of 3 (33%) architectures carry information" in lines
+    warned = [line.split(" that ")[1] for line in lines if line.startswith("warned within")]
+    assert warned == [
+        "were stuck after 1,000 steps: 1 of 2 (50%)",
+        "weren't: 1 of 3 (33%)",
+        "carry no information in the end: 1 of 3 (33%)",
+    ]
     assert lines[-1] == "the cure's worst loss against the game: 1.5 nats (a, seed 0)"
 
 
