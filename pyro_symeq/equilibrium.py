@@ -56,7 +56,7 @@ class SymmetricEquilibrium(Game):
         encoder_warmup: In how many first calls the encoder alone moves, on dreams of the untrained
             decoder.
         code_warmup: For how many calls the encoder learns a code for the data besides, if after 50
-            calls its latents, 8 or more, say hardly anything about them: less than 0.1 bits each
+            calls its latents, 8 or more, say hardly anything about them: less than 0.03 bits each
             on average. Draws of the prior are dealt out to the rows in the order of the encoder's
             own means, in every second call. They count in its gradient, not in its utility, and
             ever less: at the end, the game is what it was. With 0, there is no code.

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pyro_symeq.checks import check_count
 
-BEGIN_AFTER, BEGIN_BELOW = 50, 0.1  # steps, and bits in a latent on average
-WARN_AFTER, WARN_BELOW = 500, 0.02
+BEGIN_AFTER, BEGIN_BELOW = 50, 0.03  # steps, and bits in a latent on average
+WARN_AFTER, WARN_BELOW = 500, 0.01
 NUM_LATENTS = 8  # fewer may have little to say
 
 

@@ -2,7 +2,6 @@
 
 import ast
 import itertools
-import math
 import re
 import string
 import subprocess
@@ -10,11 +9,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import pyro
-import pyro.distributions as dist
 import pytest
-import torch
-from pyro import poutine
 
 ROOT = Path(__file__).parent.parent
 HOLE = "…"  # stands on the page for what a message fills in
@@ -185,20 +180,3 @@ def test_the_programs_of_a_page_run(page, tmp_path):
     assert result.returncode == 0, result.stderr
     for line in blocks["text"].split("\n"):
         assert line in result.stdout
-
-
-def test_the_information_is_that_of_a_known_pair():
-    """Of a bit that is x, of one that ignores x, and of a copy of x that errs in a quarter."""
-    text = (ROOT / "docs/collapse.md").read_text(encoding="utf-8")
-    (definition,) = re.findall(r"^def information.*?(?=^```)", text, re.DOTALL | re.MULTILINE)
-    names = {"math": math, "poutine": poutine, "torch": torch}
-    exec(definition, names)
-
-    def guide(x):
-        probs = torch.stack([x, torch.full_like(x, 0.3), 0.25 + 0.5 * x], -1)
-        with pyro.plate("rows", len(x)):
-            pyro.sample("z", dist.Bernoulli(probs).to_event(1))
-
-    bits = names["information"](guide, torch.tensor([0.0, 1.0, 1.0, 0.0]))
-    errs = 1 + 0.25 * math.log2(0.25) + 0.75 * math.log2(0.75)
-    assert torch.allclose(bits, torch.tensor([1.0, 0.0, errs]))
