@@ -224,7 +224,7 @@ class SymmetricEquilibrium(Game):
         found = (pair.information(play, batch.call, NUM_DRAWS) for batch in batches(call))
         return next(filter(None, found), {})
 
-    def _unlike(self) -> set[str]:
+    def _unrecorded(self) -> set[str]:
         return {"encoder"} if self._code.weight(self.num_steps) else set()
 
     def _awake(self) -> set[str]:

@@ -390,8 +390,8 @@ class Game:
         """The players that may move in this step."""
         return set(self._learners) - self._frozen
 
-    def _unlike(self) -> set[str]:
-        """The players whose utility in this step is unlike that in others, and isn't recorded."""
+    def _unrecorded(self) -> set[str]:
+        """The players whose utility in this step is unlike that in others, so that it runs as ever."""
         return set()
 
     def _watched(self) -> set[str]:
@@ -415,7 +415,7 @@ class Game:
         if capture is None or occasion is None:
             return self._move(rounds, lambda name: ascent(partial(self._score, name), call))
         graph = None
-        if self._graphs is not None and not self._unlike():
+        if self._graphs is not None and not self._unrecorded():
             graph = self._graphs.find(occasion, rounds)
         if graph is None:
             return self._move(rounds, partial(self._recalled, capture, occasion))
@@ -435,7 +435,7 @@ class Game:
         """Where a player goes from where it stands, by its recorded lesson if there is one."""
         reason = None
         try:
-            lesson = None if name in self._unlike() else capture.lesson(name, occasion)
+            lesson = None if name in self._unrecorded() else capture.lesson(name, occasion)
             if lesson is not None:
                 recalled = lesson(occasion.tensors)
                 if not is_awaited(recalled.utility) or math.isfinite(recalled.utility.item()):
