@@ -9,7 +9,6 @@ Run ``python benchmarks/robustness.py --help`` for the options.
 
 import argparse
 import multiprocessing
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,7 +19,7 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
 from architectures import ARCHITECTURES, QUICK  # noqa: E402
-from cli import count, ended_cleanly  # noqa: E402
+from cli import add_data_root, count, ended_cleanly  # noqa: E402
 from curves import draw  # noqa: E402
 from data import DataError  # noqa: E402
 from learners import METHODS  # noqa: E402
@@ -75,12 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the options of the program."""
     parser = argparse.ArgumentParser(description="Which architectures learn, by which method.")
     parser.add_argument("--data", choices=("mnist", "digits"), default="mnist", help="the images")
-    parser.add_argument(
-        "--data-root",
-        type=Path,
-        default=Path(os.environ.get("PYRO_SYMEQ_DATA", "data")),
-        help="the folder of MNIST (default: $PYRO_SYMEQ_DATA, or data)",
-    )
+    add_data_root(parser)
     parser.add_argument(
         "--quick", action="store_true", help="a few architectures, one seed, 600 steps, the game"
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
-__all__ = ["begun", "count", "device", "ended_cleanly", "parser"]
+__all__ = ["add_data_root", "begun", "count", "device", "ended_cleanly", "parser"]
 
 
 def parser(description: str, data: Iterable[str]) -> argparse.ArgumentParser:
@@ -28,12 +28,7 @@ def parser(description: str, data: Iterable[str]) -> argparse.ArgumentParser:
     names = tuple(data)
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", choices=names, default=names[0], help="the data set")
-    parser.add_argument(
-        "--data-root",
-        type=Path,
-        default=Path(os.environ.get("PYRO_SYMEQ_DATA", "data")),
-        help="the folder of MNIST and Fashion-MNIST (default: $PYRO_SYMEQ_DATA, or data)",
-    )
+    add_data_root(parser)
     parser.add_argument(
         "--device",
         type=device,
@@ -44,6 +39,16 @@ def parser(description: str, data: Iterable[str]) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=count, help="how many (default: depends on the data)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="the folder for results")
     return parser
+
+
+def add_data_root(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that names the folder of the data."""
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        default=Path(os.environ.get("PYRO_SYMEQ_DATA", "data")),
+        help="the folder of MNIST and Fashion-MNIST (default: $PYRO_SYMEQ_DATA, or data)",
+    )
 
 
 def device(name: str) -> torch.device:
