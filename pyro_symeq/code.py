@@ -3,8 +3,8 @@ r"""A code for the data that an encoder makes up itself.
 Latents :math:`z_1, \dots, z_N` of a dream are dealt out to the rows :math:`x_1, \dots, x_N` of a
 batch. Each latent variable is dealt out alone: its largest value goes to the row whose score is
 largest, and so on down. The scores are the means that the encoder gives to the variable,
-decorrelated over the rows, so that no two variables say the same. All depends on the row as much
-as it can, then, be the scores ever so small; and the values still are draws of the prior.
+decorrelated in part over the rows, so that variables say different things. All depends on the row
+as much as it can, then, be the scores ever so small; and the values still are draws of the prior.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """A model and a guide, with the utilities of the decoder and the encoder of a game."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -163,7 +163,7 @@ class Pair:
         given = {n: seen for n, seen in dream.observed.items() if n in pattern.latents}
         plates = passes.subsamples(dream.trace)
         has_code = self.code_weight > 0 and not pattern.lacks_data
-        code = self._code(call, dream, given) if has_code else {}
+        code = self._code(call, dream, given, plates) if has_code else {}
         dreamed = pattern.hand_over(dream, call)
         trace = passes.replay(self.guide, dreamed, passes.values(dream.trace))
         pattern.check_dreamed(dream.trace, trace)
@@ -178,15 +178,17 @@ class Pair:
         log_prob = play.score(self.players[1], Scored(at_code, [*code], {}))
         return utility + self.code_weight * (log_prob - log_prob.detach())
 
-    def _code(self, call: Call, dream: Run, given: Observations) -> Observations:
+    def _code(
+        self, call: Call, dream: Run, given: Observations, plates: Mapping[str, Tensor]
+    ) -> Observations:
         """The latents of a dream, dealt out to the data as far as that can be done."""
         rows = shared_rows([dream.trace])
         if rows is None:
             return {}
         values = {n: x for n, x in passes.drawn(dream.trace).items() if n not in given}
-        held = hold(values, rows), passes.complete(passes.subsamples(dream.trace))
+        acts = passes.clamp(given), hold(values, rows), passes.complete(plates)
         with torch.no_grad(), buffers_kept():
-            trace = traced(self.guide, call, passes.clamp(given), *held)
+            trace = traced(self.guide, call, *acts)
         laws = {
             name: trace.variables[name]["fn"]
             for name in passes.unobserved(trace, given)
