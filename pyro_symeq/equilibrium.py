@@ -58,7 +58,7 @@ class SymmetricEquilibrium(Game):
         code_warmup: For how many calls the encoder learns a code for the data besides, if after 50
             calls its latents, 8 or more, say hardly anything about them: less than 0.03 bits each
             on average. Draws of the prior are dealt out to the rows in the order of the encoder's
-            own means, in every second call. They count in its gradient, not in its utility, and
+            own means, in every fourth call. They count in its gradient, not in its utility, and
             ever less: at the end, the game is what it was. With 0, there is no code.
         watch: After how many calls, each time, the loss has ``.information``; 0: never.
         parameters: Modules whose parameters are the ``"decoder"``'s or the ``"encoder"``'s own,
@@ -112,7 +112,7 @@ class SymmetricEquilibrium(Game):
         decoder_steps: int = 1,
         encoder_steps: int = 1,
         encoder_warmup: int = 0,
-        code_warmup: int = 500,
+        code_warmup: int = 1000,
         watch: int = 0,
         parameters: Mapping[str, Own] | None = None,
         capture: Captures = False,

@@ -15,6 +15,7 @@ from pyro_symeq.checks import check_count
 BEGIN_AFTER, BEGIN_BELOW = 50, 0.03  # steps, and bits in a latent on average
 WARN_AFTER, WARN_BELOW = 500, 0.01
 NUM_LATENTS = 8  # fewer may have little to say
+PERIOD = 4  # the code counts in every fourth step, and so much more
 
 
 class CodeWarmup:
@@ -39,11 +40,11 @@ class CodeWarmup:
         self.begun = begun
 
     def weight(self, steps: int) -> float:
-        """How much the code counts after so many steps: twice in every second one."""
+        """How much the code counts after so many steps: four times as much in every fourth."""
         if self.begun is None or self.num_steps == 0:
             return 0.0
         since = steps - self.begun
-        return 0.0 if since % 2 else 2 * max(0.0, 1 - since / self.num_steps)
+        return 0.0 if since % PERIOD else PERIOD * max(0.0, 1 - since / self.num_steps)
 
     def looks(self, steps: int) -> bool:
         """Whether it matters after so many steps what the latents say."""
