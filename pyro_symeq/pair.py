@@ -10,7 +10,7 @@ from pyro_symeq import passes
 from pyro_symeq.binding import Call, Program, layout
 from pyro_symeq.code import deal, hold
 from pyro_symeq.draws import Draws
-from pyro_symeq.metrics.mutual_information import in_latents
+from pyro_symeq.informing import in_latents
 from pyro_symeq.passes import Observation, Observations, Run
 from pyro_symeq.pattern import Pattern
 from pyro_symeq.play import Masks, Play, Scored
