@@ -113,6 +113,22 @@ class Pair:
         with aside(), torch.no_grad():
             return self._fitting(inform, play, call)
 
+    def propose(self, play: Play, call: Call) -> Proposals:
+        """A draw of the guide at the data, with its importance weight; without a graph."""
+
+        def propose(_: Play, pattern: Pattern, call: Call) -> Proposals:
+            if pattern.lacks_data:
+                raise ValueError(
+                    "The batch observes latents alone, and draws of the guide need data. Give "
+                    f"{sorted(pattern.missing)} too."
+                )
+            given, rows = self._given(pattern, call)
+            completion = passes.fill_in(self.guide, call, given, rows)
+            return self._proposals(pattern, call, given, completion)
+
+        with torch.no_grad():
+            return self._fitting(propose, play, call)
+
     def _mean(
         self, score: Callable[[Play, Pattern, Call], Tensor], play: Play, call: Call, runs: int
     ) -> Tensor:

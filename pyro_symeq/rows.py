@@ -84,6 +84,11 @@ def variable(site: Site, rows: Rows | None) -> Variable:
     return Variable(site["fn"], site["value"], dim)
 
 
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether log-probabilities of the same rows are the same, up to rounding."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
 def shaped(value: Tensor, shape: torch.Size) -> Tensor:
     """Gives a value the shape of its distribution."""
     return value.reshape(shape) if value.numel() == shape.numel() else value.expand(shape)
