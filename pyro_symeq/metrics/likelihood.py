@@ -27,16 +27,11 @@ from pyro_symeq.checks import check_count
 from pyro_symeq.metrics.estimate import Estimate
 from pyro_symeq.passes import Run
 from pyro_symeq.rehearsal import Bind, buffers_kept
-from pyro_symeq.rows import Rows, shared_rows
+from pyro_symeq.rows import NO_ROWS, Rows, required_rows
 from pyro_symeq.selection import selection
 from pyro_symeq.utility import SymmetricUtility
 
 __all__ = ["LogLikelihood", "log_likelihood"]
-
-NO_ROWS = (
-    "Expected all latents, data and factors of model and guide in one vectorised plate, whose "
-    "rows are those of the data: the likelihood is one of each row. Put pyro.plate around them."
-)
 
 
 @dataclass(frozen=True)
@@ -172,10 +167,7 @@ def _rows(dream: Run) -> Rows:
             "A plate leaves out rows, and the likelihood is one of each row. Pass fewer rows to "
             "plates without subsample_size=."
         )
-    rows = shared_rows([dream.trace])
-    if rows is None:
-        raise ValueError(NO_ROWS)
-    return rows
+    return required_rows([dream.trace])
 
 
 def _weigher(
