@@ -83,8 +83,8 @@ def consistency(
         >>> result = consistency(model, guide, 9 + torch.randn(100), num_steps=2)
         >>> list(result["z"])
         ['prior, prior', 'prior, posterior', 'prior, limiting', 'posterior, limiting']
-        >>> result["z"]["prior, posterior"]["accuracy[z]"]  # of other data than the model's
-        1.0
+        >>> result["z"]["prior, posterior"]["accuracy[z]"] > 0.9  # data are far from dreams
+        True
     """
     call: Call = args, kwargs
     features = features or {}
