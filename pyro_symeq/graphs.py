@@ -124,7 +124,7 @@ class StepGraphs:
         merged: list[Merged] = []
         graph = None
         try:
-            merged = [self._strategies[n].merged(x.parameters) for n, x in lessons.items()]
+            merged = [_merged(self._strategies[name], x) for name, x in lessons.items()]
             device = _device_of(tensors, lessons.values(), merged)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = StepGraph(
@@ -138,6 +138,17 @@ class StepGraphs:
                 leaf.grad = None
             self._capture.warn("the whole step, though each player's lesson", headline(error))
         return _Entry(graph, lessons, merged, _versions(lessons.values()))
+
+
+def _merged(strategy: Strategy, lesson: Lesson) -> Merged:
+    """The optimisers that move along a lesson.
+
+    Raises:
+        CannotRecord: They take steps in a way of their own.
+    """
+    if not strategy.grouped.is_plain:
+        raise CannotRecord(f"{type(strategy.optim).__name__} takes steps in a way of its own")
+    return strategy.merged(lesson.parameters)
 
 
 def _versions(lessons: Collection[Lesson]) -> list[int]:

@@ -33,7 +33,7 @@ from pyro_symeq import (
     SymmetricLoss,
     SymmetricUtility,
 )
-from tests.comparison import same
+from tests.comparison import RATE, same
 from tests.enumerable import Ladder, gradients
 from tests.montecarlo import assert_mean
 from tests.programs import PROGRAMS
@@ -91,7 +91,7 @@ def history(make, drive, capture, optimizer=None, **options):
     pyro.set_rng_seed(0)
     pair = make()
     model, guide = Watched(pair.model), Watched(pair.guide)
-    optimizer = optimizer() if optimizer else Adam({"lr": 0.05})
+    optimizer = optimizer() if optimizer else Adam({"lr": RATE})
     symeq = SymmetricEquilibrium(model, guide, optimizer, capture=capture, **options)
     pyro.set_rng_seed(1)
     losses, last_runs = [], 0
@@ -215,9 +215,9 @@ class Pair:
             pyro.sample("z", dist.Bernoulli(logits=self.encoder(x)).to_event(1))
 
 
-def changed(change, **attributes):
+def changed(change, base=Pair, **attributes):
     """A maker of pairs with a hook of this kind."""
-    return type("Changed", (Pair,), {"change": change, **attributes})
+    return type("Changed", (base,), {"change": change, **attributes})
 
 
 SCENARIOS = {}  # name: a function that trains in both ways and compares
@@ -1280,7 +1280,9 @@ def no_waiting():
 
     @contextmanager
     def watched():
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a prototype, it says
+            torch.cuda.set_sync_debug_mode("error")
         try:
             yield
         finally:
@@ -1531,7 +1533,7 @@ def test_what_a_graph_refuses_runs_as_ever(make, unchecked):
 
 @on_cuda
 def test_arguments_on_the_cpu_are_not_captured(unchecked):
-    make = changed(lambda s, h, a: h + a.to(h), model=OnDevice.model, __init__=OnDevice.__init__)
+    make = changed(lambda s, h, a: h + a.to(h), OnDevice)
     pair, symeq = trained_pair(make, num_steps=0)
     with pytest.warns(UserWarning, match="lies on the cpu"):
         for i in range(NUM_FIRST + 2):
@@ -1549,7 +1551,7 @@ def test_arguments_on_the_cpu_are_not_captured(unchecked):
 
 @on_cuda
 def test_a_scalar_on_the_cpu_that_changes_reaches_the_graph(unchecked):
-    make = changed(lambda s, h: h * s.beta, model=OnDevice.model, __init__=OnDevice.__init__)
+    make = changed(lambda s, h: h * s.beta, OnDevice)
     losses = []
     for last in (1.0, 100.0):
         pyro.clear_param_store()

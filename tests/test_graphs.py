@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.optim import Adam, ClippedAdam, ExponentialLR
+from pyro.optim import Adam, ClippedAdam, ExponentialLR, PyroOptim
 from torch import nn
 
 from pyro_symeq import SymmetricEquilibrium, graphs
@@ -132,6 +132,31 @@ def test_captured_steps_are_steps(name, updates):
         torch.testing.assert_close(mine, theirs)
     assert len(Replay.captured) == num_captures
     assert all(graph.num_replays >= 3 for graph in Replay.captured)
+
+
+class Frugal(PyroOptim):
+    """Moves in every second step."""
+
+    def __init__(self):
+        super().__init__(torch.optim.SGD, {"lr": 0.1})
+        self.num_calls = 0
+
+    def __call__(self, params, *args, **kwargs):
+        self.num_calls += 1
+        if self.num_calls % 2:
+            super().__call__(params, *args, **kwargs)
+
+
+def test_an_optimiser_with_steps_of_its_own_is_named():
+    eager = Pair(Frugal()).train_on(batches(*[5] * 7))
+    with pytest.warns(
+        UserWarning, match="the whole step.* Frugal takes steps in a way of its own"
+    ):
+        captured = Pair(Frugal(), capture=True).train_on(batches(*[5] * 7))
+    assert captured[0] == pytest.approx(eager[0], rel=1e-9)
+    for mine, theirs in zip(captured[1], eager[1], strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert not Replay.captured
 
 
 def test_the_schedule_tells_graphs_apart():
