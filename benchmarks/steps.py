@@ -18,7 +18,7 @@ from pathlib import Path
 import pyro
 import torch
 
-from contest import compare, contestant
+from contest import compare, contestant, running
 from results import Results, Setting
 from rivals import RIVALS
 from tables import table
@@ -37,12 +37,19 @@ EXPERIMENTS = {
 }
 SECONDS = {"dense": 10.0, "conv": 10.0, "chain": 15.0, "batches": 10.0, "particles": 8.0}
 FULL = 6.0  # times as many seconds
+PRECISIONS = ("single", "tf32", "bf16")
 
 
 def plan(experiment: str, options: argparse.Namespace) -> Iterator[Setting]:
     """The settings of an experiment."""
     size: int | None = options.batch_size
-    dense = Setting("dense", size or 128, device=options.device, validation=options.validation)
+    dense = Setting(
+        "dense",
+        size or 128,
+        device=options.device,
+        validation=options.validation,
+        precision=options.precision,
+    )
     if experiment == "dense":
         yield dense
     elif experiment == "conv":
@@ -92,7 +99,7 @@ def profiled(options: argparse.Namespace) -> None:
     """Traces a few steps of a rival, and prints how often each of them waits for the device."""
     setting = next(plan(options.only[0], options))
     step = contestant(options.traced, setting)
-    with pyro.validation_enabled(options.validation):
+    with running(setting):
         waits = trace(step, options.trace)
     print(f"A step of {options.traced} on {setting.model} does, on average,")
     for name, count in waits.items():
@@ -122,6 +129,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=_count, help="default: 128; conv on a GPU: 1024")
     parser.add_argument("--validation", action="store_true", help="turn Pyro's validation on")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=PRECISIONS[0],
+        help="single; tf32: matrix products in TF32; bf16: that, and bfloat16 by autocast",
+    )
     parser.add_argument("--json", type=Path, help="write the times of all rounds to this file")
     parser.add_argument("--figure", type=Path, help="draw them into this file")
     parser.add_argument(

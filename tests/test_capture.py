@@ -177,7 +177,8 @@ def test_same_noise_same_numbers(name, device):
     eager, captured = (trained(name, capture, device) for capture in (False, True))
     assert_alike(captured, eager)
     assert eager.last_runs > 0
-    assert (captured.last_runs == 0) == (not captured.reasons)
+    lessons = [reason for reason in captured.reasons if "the whole step" not in reason]
+    assert (captured.last_runs == 0) == (not lessons)
     if device.type == "cpu":
         assert bool(captured.reasons) == (name in NOT_CAPTURED), captured.reasons
         assert all(NOT_CAPTURED[name] in reason for reason in captured.reasons)
@@ -1514,7 +1515,7 @@ class WithScaleOnCPU(OnDevice):
     """A scalar parameter that lies on the CPU, as Pyro and torch allow."""
 
     def observed(self, h):
-        return dist.Normal(h, pyro.param("scale", torch.tensor(1.0)).exp())
+        return dist.Normal(h * pyro.param("scale", torch.tensor(1.0)).exp(), 1.0)
 
 
 @on_cuda
@@ -1535,7 +1536,7 @@ def test_what_a_graph_refuses_runs_as_ever(make, unchecked):
 def test_arguments_on_the_cpu_are_not_captured(unchecked):
     make = changed(lambda s, h, a: h + a.to(h), OnDevice)
     pair, symeq = trained_pair(make, num_steps=0)
-    with pytest.warns(UserWarning, match="lies on the cpu"):
+    with pytest.warns(UserWarning, match="lies on cpu"):
         for i in range(NUM_FIRST + 2):
             symeq.step(cuda_rows(i), torch.tensor(float(i)))
     before = clone(parameters_of(pair))

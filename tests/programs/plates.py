@@ -228,7 +228,7 @@ def subsampled(rows):
 
     def guide(data):
         pyro.module("encoder", encoder)
-        with pyro.plate("data", len(data), subsample_size=3) as ind:
+        with pyro.plate("data", len(data), subsample_size=3, device=data.device) as ind:
             pyro.sample("z", dist.Normal(encoder(rows(data, ind)), 1.0).to_event(1))
 
     return Program(model, guide, (torch.randn(6, 3),))
