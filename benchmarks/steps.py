@@ -19,7 +19,7 @@ import pyro
 import torch
 
 from contest import compare, contestant, running
-from results import Results, Setting
+from results import HAND, Results, Setting
 from rivals import RIVALS
 from tables import table
 from tracing import trace
@@ -66,6 +66,16 @@ def plan(experiment: str, options: argparse.Namespace) -> Iterator[Setting]:
             yield replace(dense, num_particles=num_particles)
 
 
+def contestants(experiment: str, options: argparse.Namespace) -> list[str]:
+    """Who takes part in an experiment; the loop by hand always does."""
+    if options.rivals:
+        return [HAND, *(rival for rival in options.rivals if rival != HAND)]
+    rivals = list(EXPERIMENTS[experiment])
+    if options.full and experiment in ("dense", "conv"):
+        rivals.insert(rivals.index("capture") + 1, "compile")
+    return rivals
+
+
 def environment(device: str) -> dict[str, str]:
     """The machine and the versions, which a time depends on."""
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
@@ -83,12 +93,10 @@ def measure(options: argparse.Namespace) -> Results:
     results = Results(environment(options.device))
     print(*(f"{name} {value}" for name, value in results.environment.items()), sep=", ")
     for experiment in options.only:
-        rivals = list(EXPERIMENTS[experiment])
-        if options.full and experiment in ("dense", "conv"):
-            rivals.insert(rivals.index("capture") + 1, "compile")
         seconds = SECONDS[experiment] * (FULL if options.full else 1)
-        with_memory = experiment in ("dense", "conv")
+        with_memory = options.memory and experiment in ("dense", "conv")
         settings = list(plan(experiment, options))
+        rivals = contestants(experiment, options)
         comparisons = compare(experiment, rivals, settings, seconds, with_memory)
         print("", table(comparisons), sep="\n", flush=True)
         results.comparisons.extend(comparisons)
@@ -134,6 +142,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=PRECISIONS,
         default=PRECISIONS[0],
         help="single; tf32: matrix products in TF32; bf16: that, and bfloat16 by autocast",
+    )
+    parser.add_argument(
+        "--rivals", nargs="+", choices=RIVALS, help="who takes part (default: see the tables)"
+    )
+    parser.add_argument(
+        "--no-memory",
+        dest="memory",
+        action="store_false",
+        help="leave out the peaks of memory, for which each rival has a process of its own",
     )
     parser.add_argument("--json", type=Path, help="write the times of all rounds to this file")
     parser.add_argument("--figure", type=Path, help="draw them into this file")

@@ -66,10 +66,7 @@ class Strategy:
             found_inf: A number on their device; fused optimisers stay where they are if it's 1.
         """
         by_leaf = dict(zip(parameters.values(), gradients, strict=True))  # names may share one
-        if self._before is not None:
-            for leaf in by_leaf:
-                if leaf not in self._before:
-                    self._before[leaf] = leaf.detach().clone(), self._memory(leaf)
+        self.remember(parameters)
         try:
             for leaf, gradient in by_leaf.items():
                 leaf.grad = gradient
@@ -82,6 +79,13 @@ class Strategy:
         """The optimisers of parameters that have moved, merged."""
         return self.grouped.merged(list(dict.fromkeys(parameters.values())))
 
+    def remember(self, parameters: Mapping[str, Tensor]) -> None:
+        """Keeps where parameters are about to leave, if moves may have to be taken back."""
+        if self._before is not None:
+            for leaf in parameters.values():
+                if leaf not in self._before:
+                    self._before[leaf] = leaf.detach().clone(), self._memory(leaf)
+
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Takes moves back when an error follows."""
@@ -89,17 +93,22 @@ class Strategy:
         try:
             yield
         except BaseException:
-            for leaf, (value, memory) in self._before.items():
-                leaf.detach().copy_(value)
-                if memory is None:
-                    self.optim.optim_objs.pop(leaf, None)
-                else:
-                    optimizer = torch_optimizer(self.optim.optim_objs[leaf])
-                    optimizer.state[leaf] = memory["state"]
-                    optimizer.param_groups[0].update(memory["settings"])
+            self.take_back()
             raise
         finally:
             self._before = None
+
+    def take_back(self) -> None:
+        """Takes back the moves since it began to remember."""
+        for leaf, (value, memory) in (self._before or {}).items():
+            leaf.detach().copy_(value)
+            if memory is None:
+                self.optim.optim_objs.pop(leaf, None)
+            else:
+                optimizer = torch_optimizer(self.optim.optim_objs[leaf])
+                optimizer.state[leaf] = memory["state"]
+                optimizer.param_groups[0].update(memory["settings"])
+        self._before = {}
 
     def _memory(self, leaf: Tensor) -> State | None:
         """What the optimiser of a parameter remembers: its averages, and its settings by now."""

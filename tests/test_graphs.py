@@ -1,5 +1,7 @@
 """How whole steps are captured, with a stand-in for CUDA graphs; see test_capture.py for CUDA."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 from pyro_symeq import SymmetricEquilibrium, graphs
 from pyro_symeq.capture import Lesson
 from pyro_symeq.game import Game
+from tests.comparison import same
 
 
 class Replay:
@@ -132,6 +135,24 @@ def test_captured_steps_are_steps(name, updates):
         torch.testing.assert_close(mine, theirs)
     assert len(Replay.captured) == num_captures
     assert all(graph.num_replays >= 3 for graph in Replay.captured)
+
+
+@pytest.mark.parametrize("updates", ["alternating", "simultaneous"])
+def test_a_batch_that_is_refused_moves_nothing(updates):
+    """With validation on; both players have moved in the graph when the error is seen."""
+    pair = Pair(Adam({"lr": 0.1}), capture=True, updates=updates)
+    _, before = pair.train_on(batches(*[5] * 6))
+    state = pair.symeq.state_dict()
+    (x,) = batches(5)
+    x[2] = torch.nan
+    with pytest.raises(ValueError, match="'x' is not finite: 4 elements"):
+        pair.symeq.step(x)
+    (graph,) = Replay.captured
+    assert graph.num_replays == 4
+    assert same([p.detach() for p in pair.parameters()], before)
+    assert same(pair.symeq.state_dict()["players"], state["players"])
+    losses, _ = pair.train_on(batches(*[5] * 3))
+    assert all(map(math.isfinite, losses))
 
 
 class Frugal(PyroOptim):
