@@ -84,12 +84,12 @@ def feature_space(data: str, like: Tensor) -> Features:
 
     Args:
         data: The name of the data set.
-        like: Some of its images, which tell their number of pixels and the device.
+        like: Some of its images, which tell their size, device and dtype.
     """
     name = f"{data}-cnn"
     network = Classifier(round(like.shape[-1] ** 0.5))
     network.load_state_dict(torch.load(FOLDER / f"{name}.pt", weights_only=True))
-    return Features(name, network.to(like.device).features)
+    return Features(name, network.to(like).features)
 
 
 def train(network: Classifier, images: Images, settings: Settings) -> None:

@@ -82,11 +82,11 @@ class Settings:
 
 
 PRESETS = {
-    "laptop": Settings(8000, 128, 1e-3, True, Size(256, 16), 2000, 500),
+    "laptop": Settings(8000, 128, 1e-3, True, Size(256, 16), 2000, 1000),
     "paper": Settings(
         200_000, 1024, 1e-4, False, DEEP, 10_000, 1000, learns_all=True, code_warmup=0
     ),
-    "smoke": Settings(60, 32, 1e-3, True, Size(32, 4), 200, 10, num_draws=5),
+    "smoke": Settings(60, 32, 1e-3, True, Size(32, 4), 100, 10, num_draws=5),
 }
 
 
