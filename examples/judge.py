@@ -13,9 +13,15 @@ from torch import Tensor
 
 from hvae import HVAE
 from pyro_symeq import LimitingDistribution
-from pyro_symeq.metrics import Features, frechet_distance, information, log_likelihood
+from pyro_symeq.metrics import (
+    Features,
+    consistency,
+    frechet_distance,
+    information,
+    log_likelihood,
+)
 
-__all__ = ["Judge", "Latents"]
+__all__ = ["LAYERS", "Judge", "Latents"]
 
 LAYERS = ("z0", "z1")
 AT_ONCE = 1000
@@ -77,6 +83,18 @@ class Judge:
     def _distance(self, name: str, a: Tensor, b: Tensor) -> Figures:
         distance = frechet_distance(a, b, self.features.name)
         return {f"{distance.name}/{name}": distance.value}
+
+    def consistency(self, num_rounds: int) -> Figures:
+        """How far the laws of each layer, and of images, are from one another."""
+        pair = self.hvae.model, self.hvae.guide
+        features = {"x": self.features}
+        told = consistency(*pair, self.like, features=features, num_steps=num_rounds)
+        return {
+            f"consistency/{site}/{laws}/{name}": value
+            for site, comparisons in told.items()
+            for laws, comparison in comparisons.items()
+            for name, value in comparison.items()
+        }
 
     def bits(self, num_draws: int = 10) -> Figures:
         """The information of each layer about 1,000 images (bits)."""

@@ -147,8 +147,10 @@ def test_runs_leave_figures_and_pictures(tmp_path):
     }
     assert figures <= record["figures"].keys()
     assert all(figure in result.stdout for figure in figures)
+    accuracy = record["figures"]["consistency/z1/prior, limiting/accuracy[z1]"]
+    assert 0 <= accuracy <= 1
     assert record["settings"].keys() >= {*NAMES, "steps", "size"}
-    assert [moment["step"] for moment in record["history"]] == list(range(1, 21))
+    assert [moment["step"] for moment in record["history"]] == list(range(2, 21, 2))
     for moment in record["history"]:
         assert ("frechet[digits-cnn]/limiting" in moment) == (moment["step"] > 15)
     images = torch.load(tmp_path / f"{stem}.images.pt", weights_only=True)
