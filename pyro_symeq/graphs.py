@@ -124,7 +124,7 @@ class StepGraphs:
         if entry.graph is None:
             return None
         for name, lesson in lessons.items():
-            self._strategies[name].remember(lesson.parameters)
+            self._strategies[name].remember(lesson.parameters.values())
         utilities = entry.graph(occasion.tensors)
         if is_validation_enabled() and not all(map(torch.isfinite, utilities.values())):
             for name in lessons:

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,7 +66,7 @@ class Strategy:
             found_inf: A number on their device; fused optimisers stay where they are if it's 1.
         """
         by_leaf = dict(zip(parameters.values(), gradients, strict=True))  # names may share one
-        self.remember(parameters)
+        self.remember(by_leaf)
         try:
             for leaf, gradient in by_leaf.items():
                 leaf.grad = gradient
@@ -79,10 +79,10 @@ class Strategy:
         """The optimisers of parameters that have moved, merged."""
         return self.grouped.merged(list(dict.fromkeys(parameters.values())))
 
-    def remember(self, parameters: Mapping[str, Tensor]) -> None:
-        """Keeps where parameters are about to leave, if moves may have to be taken back."""
+    def remember(self, leaves: Iterable[Tensor]) -> None:
+        """Keeps what parameters are before they first move, if moves may be taken back."""
         if self._before is not None:
-            for leaf in parameters.values():
+            for leaf in leaves:
                 if leaf not in self._before:
                     self._before[leaf] = leaf.detach().clone(), self._memory(leaf)
 
@@ -97,6 +97,18 @@ class Strategy:
             raise
         finally:
             self._before = None
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Takes moves back at the end, and forgets parameters that have come up."""
+        parameters, pending = dict(self.parameters), copy.deepcopy(self.pending)
+        self._before = {}
+        try:
+            yield
+        finally:
+            self.take_back()
+            self._before = None
+            self.parameters, self.pending = parameters, pending
 
     def take_back(self) -> None:
         """Takes back the moves since it began to remember."""
@@ -171,6 +183,7 @@ class Strategy:
                 f"The loaded value of parameter '{name}' of the {self.name} has shape "
                 f"{tuple(value.shape)}; expected {tuple(leaf.shape)}."
             )
+        self.remember([leaf])
         with torch.no_grad():
             leaf.copy_(value)
         self.optim.optim_objs.pop(leaf, None)
