@@ -17,10 +17,9 @@ from torch import Tensor
 
 from architectures import ARCHITECTURES, Stack
 from data import Images, load_gray
-from evaluation import bounds
 from learners import Step, learn
 from pyro_symeq import SymmetricEquilibrium
-from pyro_symeq.metrics import information
+from pyro_symeq.metrics import information, log_likelihood
 from pyro_symeq.randomness import kept
 
 __all__ = ["Record", "Run", "perform", "read", "remaining", "write"]
@@ -216,14 +215,14 @@ def _evaluated(run: Run, pair: Stack, held_out: Tensor) -> dict[str, Any]:
     x = held_out[:NUM_IMAGES]
     with _evaluating(pair):
         bits = _bits(pair, held_out[:NUM_IMAGES_OF_BITS], NUM_DRAWS_OF_BITS)
-        likelihood, _ = bounds(pair.model, pair.guide, x, num_draws=NUM_DRAWS)
+        likelihood = log_likelihood(pair.model, pair.guide, x, num_draws=NUM_DRAWS)
         game = SymmetricEquilibrium(pair.model, pair.guide, Adam({}), code_warmup=0)
         loss = game.evaluate_loss(x)
-    if not likelihood.isfinite().all():
+    if not likelihood.values.isfinite().all():
         raise ValueError("The likelihood is not finite.")
     return {
         "bits": bits,
-        "likelihood": likelihood.mean().item(),
+        "likelihood": likelihood.mean,
         "decoder": loss.decoder / len(x),
         "encoder": loss.encoder / len(x),
     }

@@ -49,9 +49,9 @@ with ended_cleanly("data_exchange.py"):
     from matplotlib.figure import Figure, SubFigure
 
     from data import DataError, Images, load
-    from evaluation import bounds
     from layers import convolution, dense, linear
     from pyro_symeq import data_exchange_game
+    from pyro_symeq.metrics import log_likelihood
     from training import cosine, train
 
 NUM_CLASSES = 10
@@ -291,8 +291,7 @@ def measure(vae: VAE, alpha: float, how: str, judge: Judge, images: Images) -> R
     log_probs = {}
     for name, digits in OWN.items():
         real = of(digits, images.held_out_x, images.held_out_y)[:1000]
-        log_p, _ = bounds(vae.model, vae.guide, real, num_draws=NUM_DRAWS)
-        log_probs[name] = log_p.mean().item()
+        log_probs[name] = log_likelihood(vae.model, vae.guide, real, num_draws=NUM_DRAWS).mean
     title = f"{TITLES[vae.name]}, {how}"
     by_class = expected(vae.name, alpha, images.y)
     return Result(title, vae.name, pixels, judge(x), by_class, log_probs)

@@ -40,9 +40,9 @@ from cli import begun, count, ended_cleanly, parser
 
 with ended_cleanly("sequence.py"):
     from data import DataError, load
-    from evaluation import Estimate, bounds
     from layers import dense, linear
     from pyro_symeq import SymmetricEquilibrium
+    from pyro_symeq.metrics import Estimate, log_likelihood
     from tiles import draw
     from training import cosine, train
 
@@ -270,7 +270,7 @@ def report(likelihoods: dict[str, Tensor], lengths: Tensor) -> None:
     print(f"\n{'held-out log-likelihood, in nats':34s} per sequence     per column")
     for name, values in likelihoods.items():
         per_column = (values.sum() / lengths.sum()).item()
-        print(f"{name:34s}{Estimate.of(values)}  {per_column:13.3f}")
+        print(f"{name:34s}{Estimate.of(values):9.2f}  {per_column:13.3f}")
 
 
 def means(trace: poutine.Trace, like: Sequences) -> Tensor:
@@ -330,9 +330,10 @@ def run(options: argparse.Namespace) -> None:
         pyro.set_rng_seed(options.seed)
         pair = MarkovModel(images.side, settings.num_units, settings.width, is_chain)
         seconds = learn(pair.to(options.device), data, settings)
-        likelihoods[name], _ = bounds(
+        found = log_likelihood(
             pair.model, pair.guide, held_out.x, held_out.lengths, num_draws=options.num_draws
         )
+        likelihoods[name] = found.values
     report(likelihoods, held_out.lengths)
     print(f"\nThe deep Markov model was trained for {seconds:.1f} s.")
     path = options.out / f"sequence-{options.data}.png"

@@ -36,9 +36,9 @@ from cli import begun, count, ended_cleanly, parser
 
 with ended_cleanly("vae.py"):
     from data import DataError, Images, load
-    from evaluation import Estimate, bounds
     from layers import dense
     from pyro_symeq import SymmetricEquilibrium, SymmetricUtility
+    from pyro_symeq.metrics import Estimate, log_likelihood
     from tiles import draw
     from training import Inference, cosine, train
 
@@ -144,11 +144,11 @@ def report(vae: VAE, x: Tensor, num_draws: int, seconds: float) -> None:
         num_draws: The number of importance-weighted draws for an image.
         seconds: How long the training took.
     """
-    likelihood, elbo = map(Estimate.of, bounds(vae.model, vae.guide, x, num_draws=num_draws))
+    found = log_likelihood(vae.model, vae.guide, x, num_draws=num_draws)
     loss = SymmetricUtility().loss(vae.model, vae.guide, x)
     print(f"""
-held-out log-likelihood           {likelihood} nats per image ({num_draws} draws)
-evidence lower bound (ELBO)       {elbo}
+held-out log-likelihood           {Estimate.of(found.values):9.2f} nats per image ({num_draws} draws)
+evidence lower bound (ELBO)       {found.elbo:9.2f}
 utility of the decoder, L_p       {loss.decoder / len(x):9.2f}
 utility of the encoder, L_q       {loss.encoder / len(x):9.2f}
 KL divergence of q(z|x) from p(z) {rate(vae, x):9.2f}

@@ -26,7 +26,7 @@ from pyro_symeq.clamps import Values, clamps
 from pyro_symeq.conditionals import State
 from pyro_symeq.passes import Observation, Observations
 from pyro_symeq.rehearsal import aside, tensors
-from pyro_symeq.rows import Rows, Variable
+from pyro_symeq.rows import Rows, Variable, alike
 from pyro_symeq.tracing import Record, Site
 
 Start = Literal["dream", "data"]
@@ -169,7 +169,7 @@ class Chain(ABC):
             states = [self.start("dream") for _ in range(2)]
             alone = [self.log_probs(state) for state in states]
             again = self.log_probs(states[0])
-        is_repeatable = all(_close(alone[0][key], again[key]) for key in again)
+        is_repeatable = all(alike(alone[0][key], again[key]) for key in again)
         self.copies = copies
         self.batch = {n: self.variables[n].copied(v, copies) for n, v in self.batch.items()}
         in_turn = (states * copies)[:copies]
@@ -207,7 +207,7 @@ class Chain(ABC):
         assert self.rows is not None
         dim = found.dim() + self.rows.dim
         by_copy = found.unflatten(dim, (self.copies, -1)).movedim(dim, 0)
-        return all(_close(by_copy[i::2], alone[i][key].expand_as(by_copy[i::2])) for i in (0, 1))
+        return all(alike(by_copy[i::2], alone[i][key].expand_as(by_copy[i::2])) for i in (0, 1))
 
     def uncopied(self, copies: int, why: str) -> ValueError:
         """Says that the programs can't run on copies of the rows."""
@@ -299,10 +299,6 @@ class Chain(ABC):
                 f"A chain meets NaN or infinity in round {t} at site '{name}' (round 0 is the "
                 f"start). {DIVERGED}"
             )
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 class _find_nan(Messenger):  # noqa: N801

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from pyro_symeq.metrics.mutual_information import independent_parts
+from pyro_symeq.informing import independent_parts
 from pyro_symeq.rows import Rows
 from pyro_symeq.tracing import Site
 

@@ -10,7 +10,7 @@ from pyro_symeq import passes
 from pyro_symeq.binding import Call, Program, layout
 from pyro_symeq.code import deal, hold
 from pyro_symeq.draws import Draws
-from pyro_symeq.metrics.mutual_information import in_latents
+from pyro_symeq.informing import in_latents
 from pyro_symeq.passes import Observation, Observations, Run
 from pyro_symeq.pattern import Pattern
 from pyro_symeq.play import Masks, Play, Scored
@@ -112,6 +112,22 @@ class Pair:
 
         with aside(), torch.no_grad():
             return self._fitting(inform, play, call)
+
+    def propose(self, play: Play, call: Call) -> Proposals:
+        """A draw of the guide at the data, with its importance weight; without a graph."""
+
+        def propose(_: Play, pattern: Pattern, call: Call) -> Proposals:
+            if pattern.lacks_data:
+                raise ValueError(
+                    "The batch observes latents alone, and draws of the guide need data. Give "
+                    f"{sorted(pattern.missing)} too."
+                )
+            given, rows = self._given(pattern, call)
+            completion = passes.fill_in(self.guide, call, given, rows)
+            return self._proposals(pattern, call, given, completion)
+
+        with torch.no_grad():
+            return self._fitting(propose, play, call)
 
     def _mean(
         self, score: Callable[[Play, Pattern, Call], Tensor], play: Play, call: Call, runs: int

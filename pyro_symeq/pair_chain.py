@@ -3,6 +3,7 @@ r"""Chains that alternate :math:`x \sim p(x \mid z)` and :math:`z \sim q(z \mid 
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 from pyro_symeq import passes
 from pyro_symeq.binding import Call, Program
@@ -11,7 +12,7 @@ from pyro_symeq.clamps import overlay
 from pyro_symeq.conditionals import State
 from pyro_symeq.passes import Observation, Observations, Run
 from pyro_symeq.rehearsal import Bind, aside, rehearse
-from pyro_symeq.rows import copied_call, shaped, shared_rows, variable
+from pyro_symeq.rows import changed_call, shaped, shared_rows, variable
 from pyro_symeq.tracing import Record
 
 
@@ -55,8 +56,12 @@ class PairChain(Chain):
 
     def copy_arguments(self, copies: int, with_others: bool) -> None:  # noqa: D102
         assert self.rows is not None
-        self.call = copied_call(
-            self._batch, self.rows, self._observed, self.variables, copies, with_others
+
+        def copy(leaf: Tensor, dim: int) -> Tensor:
+            return torch.cat([leaf] * copies, dim)
+
+        self.call = changed_call(
+            self._batch, self.rows, self._observed, self.variables, copy, with_others
         )
 
     def traces(self, state: State) -> Iterator[Record]:  # noqa: D102

@@ -89,6 +89,8 @@ def _plate_dims(term: Term) -> set[int]:
 
 def _sum(terms: list[Term], dims: set[int]) -> Tensor:
     """Sums log-probabilities over all but some of the (negative) dimensions of their batches."""
+    if not terms:
+        return torch.zeros(())
     return torch.stack([_summed(term, dims) for term in terms]).sum(0)
 
 

@@ -5,7 +5,7 @@ made by copying the rows of the arguments, not by a plate around the programs. T
 outermost vectorised plate that all random variables of the programs share.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,24 +84,37 @@ def variable(site: Site, rows: Rows | None) -> Variable:
     return Variable(site["fn"], site["value"], dim)
 
 
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether log-probabilities of the same rows are the same, up to rounding."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
 def shaped(value: Tensor, shape: torch.Size) -> Tensor:
     """Gives a value the shape of its distribution."""
     return value.reshape(shape) if value.numel() == shape.numel() else value.expand(shape)
 
 
-def copied_call(
+def changed_call(
     call: Call,
     rows: Rows,
     observed: Observations,
     variables: dict[str, Variable],
-    copies: int,
+    change: Callable[[Tensor, int], Tensor],
     with_others: bool,
 ) -> Call:
-    """Copies the rows of the arguments.
+    """Changes the rows of the arguments: copies or selects them, say.
 
-    A tensor that holds data is copied along the dimension where it holds their rows; any other
-    one, if those are to be copied too, along the first if that has as many elements as there are
+    A tensor that holds data is changed along the dimension where it holds their rows; any other
+    one, if those are to be changed too, along the first if that has as many elements as there are
     rows.
+
+    Args:
+        call: The arguments.
+        rows: The rows.
+        observed: What the model observes of the arguments.
+        variables: The random variables of the model by site.
+        change: A function of a tensor and of the dimension of its rows.
+        with_others: Whether to change tensors that hold no data.
     """
     dims: dict[Path, int] = {}
     for name, seen in observed.items():
@@ -114,7 +127,7 @@ def copied_call(
             dim = dims.get(path, 0)
             is_meant = path in dims or with_others
             if is_meant and leaf.dim() > dim and leaf.shape[dim] == rows.size:
-                call = put(call, path, torch.cat([leaf.detach()] * copies, dim))
+                call = put(call, path, change(leaf.detach(), dim))
     return call
 
 

@@ -1,5 +1,7 @@
 """Is a pair any good?"""
 
+from pyro_symeq.metrics.estimate import Estimate
+from pyro_symeq.metrics.likelihood import LogLikelihood, log_likelihood
 from pyro_symeq.metrics.mutual_information import information
 
-__all__ = ["information"]
+__all__ = ["Estimate", "LogLikelihood", "information", "log_likelihood"]

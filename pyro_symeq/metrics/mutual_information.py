@@ -10,20 +10,17 @@ information
 which is zero for a latent that ignores the data.
 """
 
-import math
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from pyro.distributions import Independent, MaskedDistribution
 from torch import Tensor
 
 from pyro_symeq import passes
 from pyro_symeq.binding import Program
 from pyro_symeq.checks import check_count
+from pyro_symeq.informing import in_latents
 from pyro_symeq.rehearsal import buffers_kept
-from pyro_symeq.rows import Rows, shared_rows
-from pyro_symeq.tracing import Record
+from pyro_symeq.rows import shared_rows
 
 __all__ = ["information"]
 
@@ -79,60 +76,3 @@ def information(
             "the data. Put pyro.plate around them."
         )
     return in_latents(runs)
-
-
-def in_latents(runs: Sequence[Record], given: Iterable[str] = ()) -> dict[str, Tensor]:
-    """The information (bits) in latents that runs of a guide drew for one batch, see above.
-
-    Args:
-        runs: The runs.
-        given: The latents that were not drawn.
-    """
-    rows = shared_rows(runs)
-    if rows is None:
-        return {}
-    found = {}
-    for name in passes.unobserved(runs[0], given):
-        laws = [run.variables[name]["fn"] for run in runs if name in run.variables]
-        bits = _information(laws, rows)
-        if bits is not None:
-            found[name] = bits
-    return found
-
-
-def _information(laws: Sequence[Any], rows: Rows) -> Tensor | None:
-    parts = [independent_parts(law) for law in laws]
-    num_dims = parts[0][1]
-    elements = [part for part, _ in parts]
-    dim = rows.dim - num_dims
-    if elements[0].has_enumerate_support:
-        q = torch.stack([_probabilities(part) for part in elements]).mean(0)
-        return (_entropy(q.mean(dim, keepdim=True)) - _entropy(q)).mean(dim).clamp(min=0)
-    try:
-        means = torch.stack([part.mean for part in elements])
-        variances = torch.stack([part.variance for part in elements])
-    except NotImplementedError:
-        return None
-    dim -= elements[0].event_dim
-    within = variances.mean(0) + means.var(0, unbiased=False)
-    total = means.mean(0).var(dim, unbiased=False) + within.mean(dim)
-    return ((total.log2() - within.log2().mean(dim)) / 2).clamp(min=0)
-
-
-def independent_parts(law: Any) -> tuple[Any, int]:
-    """The distribution of the independent parts of a law, and over how many dimensions they are."""
-    num_dims = 0
-    while isinstance(law, (Independent, MaskedDistribution)):
-        num_dims += getattr(law, "reinterpreted_batch_ndims", 0)
-        law = law.base_dist
-    return law, num_dims
-
-
-def _probabilities(law: Any) -> Tensor:
-    """The probabilities of the values of a discrete distribution, along a new first dimension."""
-    return law.log_prob(law.enumerate_support(expand=False)).exp()
-
-
-def _entropy(q: Tensor) -> Tensor:
-    """The entropy (bits) along the first dimension."""
-    return torch.special.entr(q).sum(0) / math.log(2)
