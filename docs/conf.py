@@ -33,7 +33,7 @@ napoleon_numpy_docstring = False
 
 # Names of Python, Pyro and PyTorch are references too. Those below become links, the rest plain text.
 nitpick_ignore_regex = [
-    ("py:.*", r"(collections|contextlib|numpy|pyro|torch|typing)\..+"),
+    ("py:.*", r"(collections|contextlib|numpy|pathlib|pyro|torch|typing)\..+"),
     ("py:.*", r"bool|dict|float|int|list|object|set|str|tuple|type|optional|callable"),
     ("py:.*", r"Any|Callable|Iterable|Iterator|Literal|Mapping|None|Sequence|[A-Z]\w+Error"),
 ]

@@ -58,7 +58,9 @@ class Stopped(RunError):
 class Learner(Protocol):
     """What learns: a ``Game``, say."""
 
-    num_steps: int
+    @property
+    def num_steps(self) -> int:
+        """The number of steps that have been taken."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that it needs to go on as if it had never stopped, for ``torch.save``."""
