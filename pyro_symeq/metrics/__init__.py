@@ -1,17 +1,21 @@
 """Is a pair any good?"""
 
+from pyro_symeq.metrics.consistency import consistency
 from pyro_symeq.metrics.estimate import Estimate
 from pyro_symeq.metrics.frechet import Features, FrechetDistance, frechet_distance, inception
 from pyro_symeq.metrics.likelihood import LogLikelihood, log_likelihood
 from pyro_symeq.metrics.mutual_information import information
+from pyro_symeq.metrics.two_samples import two_sample_accuracy
 
 __all__ = [
     "Estimate",
     "Features",
     "FrechetDistance",
     "LogLikelihood",
+    "consistency",
     "frechet_distance",
     "inception",
     "information",
     "log_likelihood",
+    "two_sample_accuracy",
 ]

@@ -53,7 +53,7 @@ class Features:
             Their features, with shape :math:`(N, D)`.
         """
         with _evaluating(self.network):
-            return torch.cat([self.network(part).flatten(1) for part in x.split(self.at_once)])
+            return torch.cat([_vectors(self.network(part)) for part in x.split(self.at_once)])
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def frechet_distance(a: Tensor, b: Tensor, features: Features | str) -> FrechetD
         frechet[z] 12.00
     """
     name = features if isinstance(features, str) else features.name
-    sets = [x.flatten(1) if isinstance(features, str) else features(x) for x in (a, b)]
+    sets = [_vectors(x) if isinstance(features, str) else features(x) for x in (a, b)]
     sizes = len(sets[0]), len(sets[1])
     for x in sets:
         _check(name, x)
@@ -191,6 +191,10 @@ class _Given(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x
+
+
+def _vectors(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1)
 
 
 def _metric(like: Tensor) -> Any:

@@ -1,0 +1,150 @@
+r"""How far a model and a guide are from agreeing on one joint law.
+
+A pair is consistent if :math:`p(x, z)` and :math:`\pi(x)\, q(z \mid x)` are the same. Then each
+latent has one law, whether it is drawn from the *prior* :math:`p(z)`, from the aggregated
+*posterior* :math:`\int \pi(x)\, q(z \mid x)\, dx`, or from the *limiting* distribution of the
+pair; and images have one law, whether they are *data*, or drawn from the *decoder*
+:math:`\int p(z)\, p(x \mid z)\, dz` or the *limiting* distribution.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import torch
+from pyro.distributions import Categorical
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from pyro_symeq import passes
+from pyro_symeq.batch import Batch
+from pyro_symeq.binding import Call, Program
+from pyro_symeq.informing import independent_parts
+from pyro_symeq.limiting import LimitingDistribution
+from pyro_symeq.metrics.frechet import Features, frechet_distance
+from pyro_symeq.metrics.two_samples import two_sample_accuracy
+from pyro_symeq.rehearsal import Bind, buffers_kept
+from pyro_symeq.rows import Rows, shaped, shared_rows, variable
+from pyro_symeq.tracing import Site
+
+__all__ = ["consistency"]
+
+Comparison = dict[str, float]
+
+
+def consistency(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    features: Mapping[str, Features] | None = None,
+    num_steps: int = 100,
+    bind: Bind | None = None,
+    progress: bool = False,
+    **kwargs: Any,
+) -> dict[str, dict[str, Comparison]]:
+    """Compares the laws that a pair gives to each latent, and to images.
+
+    Sets of as many draws as the batch has rows are compared by a Fréchet distance (see
+    :func:`frechet_distance`) and by the accuracy of a classifier that tells them apart (see
+    :func:`two_sample_accuracy`). Two sets of one law, ``"prior, prior"`` and
+    ``"decoder, decoder"``, show what numbers mean nothing. The others that are about as small say
+    that the pair is consistent, as far as so many draws can tell.
+
+    Args:
+        model: The decoder's program.
+        guide: The encoder's program.
+        args: What both take: a batch of a few thousand data, say, that observes no latents, with
+            all variables in a vectorised plate.
+        features: The features in which data are compared, by site; sites without are left out.
+        num_steps: The number of rounds of the chains, which start at dreams.
+        bind: How dreams are handed to the guide, see :class:`~pyro_symeq.SymmetricUtility`.
+        progress: Whether to show a progress bar of the chains.
+        kwargs: More of what both programs take.
+
+    Returns:
+        Numbers that ``json`` can write, by site, pair of sets, and name: for a latent ``z``,
+        ``result["z"]["prior, limiting"]`` has ``"frechet[z]"``, ``"accuracy[z]"`` and
+        ``"accuracy[z] error"``; for data, the name of the features is in brackets.
+
+    Raises:
+        ImportError: torchmetrics or scikit-learn isn't installed.
+        ValueError: There is no such plate or no such site, the batch is small or observes
+            latents, or samples are not finite.
+
+    Example:
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))  # the posterior
+        >>> result = consistency(model, guide, 9 + torch.randn(100), num_steps=2)
+        >>> list(result["z"])
+        ['prior, prior', 'prior, posterior', 'prior, limiting', 'posterior, limiting']
+        >>> result["z"]["prior, posterior"]["accuracy[z]"]  # of other data than the model's
+        1.0
+    """
+    call: Call = args, kwargs
+    features = features or {}
+    limiting = LimitingDistribution(model, guide, bind=bind).sample(
+        1, Batch(*args, **kwargs), num_steps=num_steps, progress=progress
+    )
+    with torch.no_grad(), buffers_kept():
+        dream, twin = (passes.dream(model, call) for _ in range(2))
+        guided = passes.fill_in(guide, call, {})
+    rows = shared_rows([dream.trace, guided])
+    if rows is None:
+        raise ValueError(
+            "Expected all variables of model and guide in one vectorised plate: the consistency "
+            "is that of its rows. Put pyro.plate around them."
+        )
+    data = {name: seen.value for name, seen in dream.observed.items()}
+    if unknown := sorted(features.keys() - data.keys()):
+        raise ValueError(f"features= names {unknown}; the batch holds {sorted(data)}.")
+    latents = passes.drawn(guided)
+    found = {}
+    for name, value in passes.drawn(dream.trace).items():
+        form = partial(_by_row, dream.trace.variables[name], rows)
+        if name in latents:
+            sets = {"prior": value, "posterior": latents[name], "limiting": limiting[name][0]}
+            space = Features(name, torch.nn.Identity())
+        elif name in features:
+            sets = {"decoder": value, "data": data[name], "limiting": limiting[name][0]}
+            space = features[name]
+        else:
+            continue
+        vectors = {kind: space(form(x)) for kind, x in sets.items()}
+        found[name] = _compared(vectors, space(form(passes.value(twin.trace, name))), space.name)
+    return found
+
+
+def _by_row(site: Site, rows: Rows, value: Tensor) -> Tensor:
+    """The values of a site, with the rows in a first dimension; classes as one-hot vectors."""
+    of = variable(site, rows)
+    value = shaped(value, of.value.shape)
+    law, _ = independent_parts(of.law)
+    assert of.dim is not None
+    by_row = value.movedim(of.dim, 0)
+    if isinstance(law, Categorical):
+        return one_hot(by_row.long(), law.probs.shape[-1])
+    return by_row
+
+
+def _compared(sets: Mapping[str, Tensor], twin: Tensor, space: str) -> dict[str, Comparison]:
+    """Compares sets of vectors pairwise, the first with another one of its law too."""
+    first = next(iter(sets))
+    pairs = [(first, first), *combinations(sets, 2)]
+    return {
+        f"{a}, {b}": _comparison(sets[a], twin if a == b else sets[b], space) for a, b in pairs
+    }
+
+
+def _comparison(a: Tensor, b: Tensor, space: str) -> Comparison:
+    accuracy = two_sample_accuracy(a, b)
+    return {
+        **frechet_distance(a, b, space).as_dict(),
+        f"accuracy[{space}]": accuracy.mean,
+        f"accuracy[{space}] error": accuracy.error,
+    }
