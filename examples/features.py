@@ -26,7 +26,7 @@ with ended_cleanly("features.py"):
     from long_runs import write_record
     from pyro_symeq.metrics import Features
 
-__all__ = ["feature_space"]
+__all__ = ["Classifier", "classifier", "feature_space"]
 
 FOLDER = Path(__file__).parent / "features"
 NUM_CLASSES = 10
@@ -79,17 +79,26 @@ class Classifier(nn.Module):
         return self.classes(self.features(x))
 
 
-def feature_space(data: str, like: Tensor) -> Features:
-    """The features that the classifier of a data set looks at.
+def classifier(data: str, like: Tensor) -> Classifier:
+    """The trained classifier of a data set.
 
     Args:
         data: The name of the data set.
         like: Some of its images, which tell their size, device and dtype.
     """
-    name = f"{data}-cnn"
     network = Classifier(round(like.shape[-1] ** 0.5))
-    network.load_state_dict(torch.load(FOLDER / f"{name}.pt", weights_only=True))
-    return Features(name, network.to(like).features)
+    network.load_state_dict(torch.load(FOLDER / f"{data}-cnn.pt", weights_only=True))
+    return network.to(like).eval()
+
+
+def feature_space(data: str, like: Tensor) -> Features:
+    """The features that the classifier of a data set looks at.
+
+    Args:
+        data: The name of the data set.
+        like: See :func:`classifier`.
+    """
+    return Features(f"{data}-cnn", classifier(data, like).features)
 
 
 def train(network: Classifier, images: Images, settings: Settings) -> None:
