@@ -60,7 +60,8 @@ class Settings:
         learning_rate: The learning rate of Adam at the start, of all parameters.
         is_annealed: Whether it falls to zero along a cosine.
         size: How large the networks are.
-        num_samples: The number of images that are drawn for a distance.
+        num_samples: The number of images that are drawn for a distance at the end.
+        num_quick: The same on the way, and for the consistency.
         num_rounds: The number of rounds to the limiting distribution.
         num_draws: The number of importance-weighted draws for a likelihood.
         flips: The probability with which a pixel of a training image is flipped.
@@ -74,6 +75,7 @@ class Settings:
     is_annealed: bool
     size: Size
     num_samples: int
+    num_quick: int
     num_rounds: int
     num_draws: int = 100
     flips: float = 0.001
@@ -82,11 +84,11 @@ class Settings:
 
 
 PRESETS = {
-    "laptop": Settings(8000, 128, 1e-3, True, Size(256, 16), 2000, 1000),
+    "laptop": Settings(8000, 128, 1e-3, True, Size(256, 16), 2000, 1000, 1000),
     "paper": Settings(
-        200_000, 1024, 1e-4, False, DEEP, 10_000, 1000, learns_all=True, code_warmup=0
+        200_000, 1024, 1e-4, False, DEEP, 10_000, 2000, 1000, learns_all=True, code_warmup=0
     ),
-    "smoke": Settings(60, 32, 1e-3, True, Size(32, 4), 100, 10, num_draws=5),
+    "smoke": Settings(60, 32, 1e-3, True, Size(32, 4), 100, 50, 10, num_draws=5),
 }
 
 
@@ -168,11 +170,12 @@ class Training:
         self.learner.load_state_dict(state["learner"])
 
 
-def look(judge: Judge, progress: float, num_rounds: int) -> dict[str, float]:
+def look(judge: Judge, settings: Settings, num_steps: int) -> dict[str, float]:
     """What is told on the way; of the limiting distribution in the last quarter."""
-    told = judge.bits() | judge.distances(decoder=judge.prior())
-    if progress > 0.75:
-        told |= judge.distances(limiting=judge.limiting(num_rounds))
+    told = judge.bits() | judge.distances(decoder=judge.prior(settings.num_quick))
+    if num_steps > 0.75 * settings.steps:
+        limiting = judge.limiting(settings.num_quick, settings.num_rounds)
+        told |= judge.distances(limiting=limiting)
     return told
 
 
@@ -259,8 +262,7 @@ def run(options: argparse.Namespace, arguments: list[str] | None) -> None:
         x = real = torch.cat([x, real])
     training = Training(x, options, settings)
     features = feature_space(options.data, real)
-    judge = Judge(training.hvae, features, real, settings.num_samples)
-    quick = Judge(training.hvae, features, real, settings.num_samples // 2)
+    judge = Judge(training.hvae, features, real)
     long_run = LongRun(
         training,
         training.step,
@@ -268,7 +270,7 @@ def run(options: argparse.Namespace, arguments: list[str] | None) -> None:
         identity={name: getattr(options, name) for name in NAMES} | asdict(settings),
         checkpoint=path(options, "pt"),
         read=training.read,
-        look=lambda: look(quick, training.num_steps / settings.steps, settings.num_rounds),
+        look=lambda: look(judge, settings, training.num_steps),
         num_looks=NUM_LOOKS,
         tensorboard=path(options, "tensorboard") if options.tensorboard else None,
     )
@@ -278,14 +280,14 @@ def run(options: argparse.Namespace, arguments: list[str] | None) -> None:
 
     start = time.perf_counter()
     laws = {
-        "prior": judge.prior(),
-        "posterior": judge.posterior(),
-        "limiting": judge.limiting(settings.num_rounds),
+        "prior": judge.prior(settings.num_samples),
+        "posterior": judge.posterior(settings.num_samples),
+        "limiting": judge.limiting(settings.num_samples, settings.num_rounds),
     }
     told = figures(judge, laws, settings)
     for name, value in told.items():
         print(f"{name:50} {value:10.3f}")
-    told |= quick.consistency(settings.num_rounds)
+    told |= judge.consistency(settings.num_quick, settings.num_rounds)
     write_record(
         path(options, "json"),
         "mnist_hvae.py",

@@ -105,10 +105,10 @@ def test_methods_start_from_the_same_parameters():
     assert same(game, elbo)
 
 
-def judge(num_samples=30):
+def judge():
     hvae = make("ladder")
     x = torch.rand(60, 64).round()
-    return Judge(hvae, feature_space("digits", x), x, num_samples)
+    return Judge(hvae, feature_space("digits", x), x)
 
 
 def test_the_judge_compares_the_most_probable_images(monkeypatch):
@@ -121,7 +121,7 @@ def test_the_judge_compares_the_most_probable_images(monkeypatch):
 
 def test_all_laws_of_latents():
     asked = judge()
-    for latents in (asked.prior(), asked.posterior(), asked.limiting(num_rounds=2)):
+    for latents in (asked.prior(30), asked.posterior(30), asked.limiting(30, num_rounds=2)):
         assert {name: value.shape for name, value in latents.items()} == {
             "z0": (30, 30),
             "z1": (30, 100),
