@@ -2,7 +2,8 @@
 
 import gc
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import cycle
 
@@ -17,7 +18,7 @@ from results import Comparison, Setting
 from rivals import RIVALS
 from timing import in_turn
 
-__all__ = ["compare", "contestant", "make_pair"]
+__all__ = ["compare", "contestant", "make_pair", "running"]
 
 NUM_BATCHES = 4
 NUM_WARMUPS = 5  # of which a step that is captured needs three
@@ -48,10 +49,28 @@ def contestant(rival: str, setting: Setting, name: str = "pair") -> Callable[[],
     rows = torch.rand(NUM_BATCHES, setting.batch_size, pair.num_pixels, device=setting.device)
     batches = cycle(rows.round())
     step = RIVALS[rival].start(pair, setting.num_particles)
-    with pyro.validation_enabled(setting.validation):
-        for _ in range(NUM_WARMUPS * BLOCK[setting.device]):
+    is_mixed = setting.precision == "bf16"
+
+    def one() -> None:
+        with torch.autocast(setting.device, torch.bfloat16) if is_mixed else nullcontext():
             step(next(batches))
-    return lambda: step(next(batches))
+
+    with running(setting):
+        for _ in range(NUM_WARMUPS * BLOCK[setting.device]):
+            one()
+    return one
+
+
+@contextmanager
+def running(setting: Setting) -> Iterator[None]:
+    """With the switches of a setting that are the whole process's."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if setting.precision == "single" else "high")
+    try:
+        with pyro.validation_enabled(setting.validation):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def compare(
@@ -66,7 +85,7 @@ def compare(
     Args:
         experiment: What the comparisons are a part of.
         rivals: Who takes part.
-        settings: What they are compared on; all have one device.
+        settings: What they are compared on; all have one device, validation and precision.
         seconds: How long to time them; five rounds are taken at least.
         with_memory: Whether to measure the peak of memory of each of them, too.
     """
@@ -93,8 +112,8 @@ def _times(
         for i, setting in enumerate(settings)
         for rival in rivals
     }
-    device, validation = settings[0].device, settings[0].validation
-    with pyro.validation_enabled(validation):
+    device = settings[0].device
+    with running(settings[0]):
         return in_turn(steps, seconds, BLOCK[device], partial(_wait, device))
 
 
@@ -114,7 +133,7 @@ def _peaks(rivals: Sequence[str], setting: Setting) -> dict[str, float]:
 
 def _peak(rival: str, setting: Setting) -> float:
     step = contestant(rival, setting)
-    with pyro.validation_enabled(setting.validation):
+    with running(setting):
         for _ in range(NUM_STEPS_IN_MEMORY):
             step()
     if setting.device == "cuda":

@@ -33,6 +33,8 @@ class Setting:
         num_sites: The number of latent sites.
         device: Where to compute.
         validation: Whether Pyro's validation is on.
+        precision: ``"single"``, ``"tf32"`` for matrix products in TF32, or ``"bf16"`` for that and
+            bfloat16 by autocast.
     """
 
     model: str
@@ -41,6 +43,7 @@ class Setting:
     num_sites: int = 2
     device: str = "cpu"
     validation: bool = False
+    precision: str = "single"
 
 
 @dataclass(frozen=True)

@@ -79,10 +79,11 @@ def _adam(module: nn.Module) -> torch.optim.Adam:
 
 
 def symeq(pair: Pair, num_particles: int, vectorize: bool = False, **options: Any) -> Step:
-    """Symmetric equilibrium learning with Pyro's Adam."""
+    """Symmetric equilibrium learning with Pyro's Adam, as it is when a pair has a code."""
     optim = Adam({"lr": LEARNING_RATE})
     utility = SymmetricUtility(num_particles=num_particles, vectorize_particles=vectorize)
-    return SymmetricEquilibrium(pair.model, pair.guide, optim, utility, **options).step
+    game = SymmetricEquilibrium(pair.model, pair.guide, optim, utility, code_warmup=0, **options)
+    return game.step
 
 
 def captured(pair: Pair, num_particles: int) -> Step:

@@ -18,8 +18,8 @@ from pathlib import Path
 import pyro
 import torch
 
-from contest import compare, contestant
-from results import Results, Setting
+from contest import compare, contestant, running
+from results import HAND, Results, Setting
 from rivals import RIVALS
 from tables import table
 from tracing import trace
@@ -37,12 +37,19 @@ EXPERIMENTS = {
 }
 SECONDS = {"dense": 10.0, "conv": 10.0, "chain": 15.0, "batches": 10.0, "particles": 8.0}
 FULL = 6.0  # times as many seconds
+PRECISIONS = ("single", "tf32", "bf16")
 
 
 def plan(experiment: str, options: argparse.Namespace) -> Iterator[Setting]:
     """The settings of an experiment."""
     size: int | None = options.batch_size
-    dense = Setting("dense", size or 128, device=options.device, validation=options.validation)
+    dense = Setting(
+        "dense",
+        size or 128,
+        device=options.device,
+        validation=options.validation,
+        precision=options.precision,
+    )
     if experiment == "dense":
         yield dense
     elif experiment == "conv":
@@ -57,6 +64,16 @@ def plan(experiment: str, options: argparse.Namespace) -> Iterator[Setting]:
     else:
         for num_particles in (1, 2, 4, 8, 16) if options.full else (1, 4):
             yield replace(dense, num_particles=num_particles)
+
+
+def contestants(experiment: str, options: argparse.Namespace) -> list[str]:
+    """Who takes part in an experiment; the loop by hand always does."""
+    if options.rivals:
+        return [HAND, *(rival for rival in options.rivals if rival != HAND)]
+    rivals = list(EXPERIMENTS[experiment])
+    if options.full and experiment in ("dense", "conv"):
+        rivals.insert(rivals.index("capture") + 1, "compile")
+    return rivals
 
 
 def environment(device: str) -> dict[str, str]:
@@ -76,12 +93,10 @@ def measure(options: argparse.Namespace) -> Results:
     results = Results(environment(options.device))
     print(*(f"{name} {value}" for name, value in results.environment.items()), sep=", ")
     for experiment in options.only:
-        rivals = list(EXPERIMENTS[experiment])
-        if options.full and experiment in ("dense", "conv"):
-            rivals.insert(rivals.index("capture") + 1, "compile")
         seconds = SECONDS[experiment] * (FULL if options.full else 1)
-        with_memory = experiment in ("dense", "conv")
+        with_memory = options.memory and experiment in ("dense", "conv")
         settings = list(plan(experiment, options))
+        rivals = contestants(experiment, options)
         comparisons = compare(experiment, rivals, settings, seconds, with_memory)
         print("", table(comparisons), sep="\n", flush=True)
         results.comparisons.extend(comparisons)
@@ -92,7 +107,7 @@ def profiled(options: argparse.Namespace) -> None:
     """Traces a few steps of a rival, and prints how often each of them waits for the device."""
     setting = next(plan(options.only[0], options))
     step = contestant(options.traced, setting)
-    with pyro.validation_enabled(options.validation):
+    with running(setting):
         waits = trace(step, options.trace)
     print(f"A step of {options.traced} on {setting.model} does, on average,")
     for name, count in waits.items():
@@ -122,6 +137,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=_count, help="default: 128; conv on a GPU: 1024")
     parser.add_argument("--validation", action="store_true", help="turn Pyro's validation on")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=PRECISIONS[0],
+        help="single; tf32: matrix products in TF32; bf16: that, and bfloat16 by autocast",
+    )
+    parser.add_argument(
+        "--rivals", nargs="+", choices=RIVALS, help="who takes part (default: see the tables)"
+    )
+    parser.add_argument(
+        "--no-memory",
+        dest="memory",
+        action="store_false",
+        help="leave out the peaks of memory, for which each rival has a process of its own",
+    )
     parser.add_argument("--json", type=Path, help="write the times of all rounds to this file")
     parser.add_argument("--figure", type=Path, help="draw them into this file")
     parser.add_argument(

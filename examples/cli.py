@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
+EXTRAS = {"tensorboard": "tensorboard"}
+
 __all__ = ["add_data_root", "begun", "count", "device", "ended_cleanly", "parser"]
 
 
@@ -93,7 +95,8 @@ def ended_cleanly(program: str, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        message = f'there is no {error.name} here. Run: pip install "pyro_symeq[examples]"'
+        extra = EXTRAS.get(error.name or "", "examples")
+        message = f'there is no {error.name} here. Run: pip install "pyro_symeq[{extra}]"'
         raise SystemExit(f"{program}: {message}") from error
     except expected as error:
         raise SystemExit(f"{program}: {error}") from error

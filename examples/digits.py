@@ -16,16 +16,8 @@ Run ``python examples/digits.py --help`` for the options.
 """
 
 import argparse
-import math
-import os
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from threading import Event
 from typing import Any
 
 import pyro
@@ -36,18 +28,13 @@ from torch import Tensor
 from cli import begun, ended_cleanly, parser
 
 with ended_cleanly("digits.py"):
-    from tqdm import tqdm
-
     from data import DataError, Images, load
     from figures import draw
+    from long_runs import LongRun, RunError, add_options
     from networks import LadderVAE
-    from pyro_symeq import SymmetricEquilibrium
+    from pyro_symeq import SymmetricEquilibrium, SymmetricLoss
     from pyro_symeq.metrics import information
     from training import cosine
-
-
-class CheckpointError(Exception):
-    """A checkpoint from which this training can't go on; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -83,27 +70,19 @@ SETTINGS = {
 
 
 class Training:
-    """A pair, its data and how far it has come.
+    """A pair that learns.
 
     Args:
-        name: The name of the data set.
         images: The data set.
         seed: The seed of the initial parameters and of all draws.
         settings: What else the training depends on.
-        checkpoint: The file to which the state is saved.
     """
 
-    def __init__(
-        self, name: str, images: Images, seed: int, settings: Settings, checkpoint: Path
-    ) -> None:
+    def __init__(self, images: Images, seed: int, settings: Settings) -> None:
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
-        self.identity = {"data": name, "seed": seed, **asdict(settings)}
         self.images = images
-        self.settings = settings
-        self.checkpoint = checkpoint
-        self.seconds = 0.0
-        self.bits: float | None = None
+        self.batch_size = settings.batch_size
         self.vae = LadderVAE(
             images.side,
             settings.num_styles,
@@ -119,61 +98,26 @@ class Training:
             self.optims,
             supervise_encoder=False,  # it learns from dreams alone
             code_warmup=0,
-            watch=50,
         )
 
-    @property
-    def num_steps(self) -> int:
-        """The number of steps that have been taken."""
-        return self.symeq.num_steps
-
-    def run(self) -> bool:
-        """Takes the steps that are left; saves the state at times and at the end.
-
-        Returns:
-            Whether all steps are done, and not an interrupt came first.
-        """
-        steps = self.settings.steps
-        every = math.ceil(steps / 10)
-        start = time.perf_counter() - self.seconds
-        mean = None
-        with (
-            interrupts() as interrupted,
-            tqdm(total=steps, initial=self.num_steps, unit="step", mininterval=0.5) as bar,
-        ):
-            while self.num_steps < steps and not interrupted.is_set():
-                utilities = self.step()
-                mean = utilities if mean is None else mean.lerp(utilities, 0.02)
-                self.seconds = time.perf_counter() - start
-                told = "" if self.bits is None else f", {self.bits:.1f} bits in latents"
-                bar.set_postfix_str(
-                    f"L_p {mean[0]:.1f}, L_q {mean[1]:.1f} nats{told}", refresh=False
-                )
-                bar.update()
-                if self.num_steps % every == 0:
-                    bar.write(self.line(mean))
-                    self.save()
-        self.save()
-        return self.num_steps == steps
-
-    def step(self) -> Tensor:
-        """Moves both players on a batch; returns their utilities per image."""
+    def step(self) -> SymmetricLoss:
+        """Moves both players on a batch."""
         x, y = self.images.x, self.images.y
-        batch = torch.randint(len(x), (self.settings.batch_size,)).to(x.device)
+        batch = torch.randint(len(x), (self.batch_size,), device=x.device)
         loss = self.symeq.step(x[batch], y[batch])
         for optim in self.optims:
             optim.step()
-        if loss.information is not None:
-            self.bits = sum(bits.sum().item() for bits in loss.information.values())
-        return torch.tensor([loss.decoder, loss.encoder]) / len(batch)
+        return loss
 
-    def line(self, utilities: Tensor) -> str:
-        """How far the training has come."""
-        return (
-            f"step {self.num_steps:6d}  {self.seconds:5.0f} s  "
-            f"L_p {utilities[0]:7.2f}  L_q {utilities[1]:7.2f}  "
-            f"held-out accuracy {self.accuracy():.4f}"
-        )
+    def utilities(self, loss: SymmetricLoss) -> dict[str, float]:
+        """Both utilities of a step (nats per image)."""
+        return {"L_p": loss.decoder / self.batch_size, "L_q": loss.encoder / self.batch_size}
+
+    def look(self) -> dict[str, float]:
+        """How far the training has come, on the held-out images."""
+        latents = information(self.vae.guide, self.images.held_out_x[:1000])
+        bits = sum(bits.sum().item() for bits in latents.values())
+        return {"bits in latents": bits, "held-out accuracy": self.accuracy()}
 
     @torch.no_grad()
     def accuracy(self) -> float:
@@ -182,56 +126,6 @@ class Training:
         y = self.images.held_out_y.argmax(-1)
         return (y_logits.argmax(-1) == y).float().mean().item()
 
-    def save(self) -> None:
-        """Writes the checkpoint; at no time is there half of one."""
-        state = {
-            "identity": self.identity,
-            "seconds": self.seconds,
-            "symeq": self.symeq.state_dict(),
-        }
-        temporary = self.checkpoint.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.checkpoint)
-
-    def resume(self) -> None:
-        """Reads the checkpoint.
-
-        Raises:
-            CheckpointError: There is none, it is damaged, or it is another training's.
-        """
-        path = self.checkpoint
-        if not path.exists():
-            raise CheckpointError(f"There is no checkpoint {path}. Start without --resume.")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            other, own = state["identity"], self.identity
-        except (EOFError, KeyError, RuntimeError, TypeError, UnpicklingError) as error:
-            raise CheckpointError(f"{path} is damaged. Start without --resume.") from error
-        differing = [f"{k}={other.get(k)} (now {own[k]})" for k in own if own[k] != other.get(k)]
-        if differing:
-            raise CheckpointError(
-                f"The checkpoint {path} is of a training with {', '.join(differing)}. Give the "
-                "same options, or start without --resume."
-            )
-        self.symeq.load_state_dict(state["symeq"])
-        self.seconds = state["seconds"]
-
-
-@contextmanager
-def interrupts() -> Iterator[Event]:
-    """Turns the first Ctrl-C into an event, so that a step is not left half done."""
-    interrupted = Event()
-
-    def handle(*_: Any) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
 
 def _mean(trace: poutine.Trace, site: str) -> Tensor:
     """The mean of the distribution of a site; of binary variables, their probabilities."""
@@ -239,7 +133,7 @@ def _mean(trace: poutine.Trace, site: str) -> Tensor:
     return distribution.mean
 
 
-def report(training: Training) -> None:
+def report(training: Training, seconds: float) -> None:
     """Prints what a trained pair can do, on the held-out images."""
     x, y = training.images.held_out_x, training.images.held_out_y
     loss = training.symeq.evaluate_loss(x, y)
@@ -252,11 +146,13 @@ utility of the encoder, L_q           {loss.encoder / len(x):9.2f} nats per imag
 information about the image in class  {bits["class"]:9.2f} bits
                             in style  {bits["style"]:9.2f} bits
                             in z1     {bits["z1"]:9.2f} bits
-training                              {training.seconds:9.1f} s""")
+training                              {seconds:9.1f} s""")
 
 
 @torch.no_grad()
-def picture(training: Training, path: Path, num_rows: int = 2, num_samples: int = 6) -> None:
+def picture(
+    training: Training, name: str, path: Path, num_rows: int = 2, num_samples: int = 6
+) -> None:
     """Draws held-out images, reconstructions and samples; gray is the probability of a pixel."""
     vae, images = training.vae, training.images
     by_class = [images.held_out_x[images.held_out_y[:, c] == 1][:num_rows] for c in range(10)]
@@ -265,7 +161,7 @@ def picture(training: Training, path: Path, num_rows: int = 2, num_samples: int 
     reconstructed = poutine.trace(poutine.replay(vae.model, latents)).get_trace(x.flatten(0, 1))
     y = torch.eye(10).to(x).repeat(num_samples, 1)
     sampled = poutine.trace(vae.model).get_trace(x.new_zeros(len(y), x.shape[-1]), y)
-    title = f"{training.identity['data']}: a ladder whose encoder has learned from dreams alone"
+    title = f"{name}: a ladder whose encoder has learned from dreams alone"
     samples = _mean(sampled, "x").view(num_samples, *x.shape[1:])
     draw(path, title, x, _mean(reconstructed, "x").view_as(x), samples)
 
@@ -273,7 +169,7 @@ def picture(training: Training, path: Path, num_rows: int = 2, num_samples: int 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the options of the program."""
     options = parser("Learns to draw and to classify digits.", SETTINGS)
-    options.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    add_options(options)
     return options.parse_args(arguments)
 
 
@@ -282,24 +178,30 @@ def run(options: argparse.Namespace) -> None:
     settings = begun(options, SETTINGS[options.data])
     images = load(options.data, options.data_root).to(options.device)
     checkpoint = options.out / f"{options.data}.pt"
-    training = Training(options.data, images, options.seed, settings, checkpoint)
+    training = Training(images, options.seed, settings)
+    long_run = LongRun(
+        training.symeq,
+        training.step,
+        steps=settings.steps,
+        identity={"data": options.data, "seed": options.seed, **asdict(settings)},
+        checkpoint=checkpoint,
+        read=training.utilities,
+        look=training.look,
+        tensorboard=options.out / "tensorboard" / options.data if options.tensorboard else None,
+    )
     if options.resume:
-        training.resume()
-    if not training.run():
-        raise SystemExit(
-            f"Stopped at step {training.num_steps}, which is kept in {checkpoint}. To go on, give "
-            "the same options and --resume."
-        )
-    report(training)
+        long_run.resume()
+    long_run.train()
+    report(training, long_run.seconds)
     path = options.out / f"{options.data}.png"
-    picture(training, path)
+    picture(training, options.data, path)
     print(f"\nThe picture is in {path}, the checkpoint in {checkpoint}.")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the program."""
     options = parse(arguments)
-    with ended_cleanly("digits.py", CheckpointError, DataError):
+    with ended_cleanly("digits.py", DataError, RunError):
         run(options)
 
 

@@ -99,7 +99,7 @@ class Lesson:
         try:
             utility, *gradients = self.recording(*tensors)
         except Exception as error:
-            raise CannotRecord(f"its replay fails, {type(error).__name__}") from error
+            raise CannotRecord(f"its replay fails: {headline(error)}") from error
         rest = iter(gradients)
         return Ascent(
             utility, self.parameters, [next(rest) if has else None for has in self.has_gradient]

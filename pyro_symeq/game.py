@@ -283,7 +283,7 @@ class Game:
         self._check_learnable(call, moving, watched)
         with ExitStack() as stack:
             if is_validation_enabled():
-                may_fail_later = watched or len(rounds[-1]) > 1
+                may_fail_later = watched or len(rounds[-1]) > 1 or self._graphs is not None
                 for name in _names(rounds if may_fail_later else rounds[:-1]):
                     stack.enter_context(self._strategies[name].undone_on_error())
             loss = self._loss(self._moved(call, rounds) | self._utilities(call, watched))
@@ -451,12 +451,12 @@ class Game:
         occasion = None if capture is None else capture.occasion(call)
         if capture is None or occasion is None:
             return self._move(rounds, lambda name: ascent(partial(self._score, name), call))
-        graph = None
+        utilities = None
         if self._graphs is not None and not self._unrecorded():
-            graph = self._graphs.find(occasion, rounds)
-        if graph is None:
-            return self._move(rounds, partial(self._recalled, capture, occasion))
-        return graph(occasion.tensors)
+            utilities = self._graphs.step(occasion, rounds)
+        if utilities is None:
+            utilities = self._move(rounds, partial(self._recalled, capture, occasion))
+        return utilities
 
     def _move(self, rounds: Rounds, ascend: Callable[[str], Ascent]) -> dict[str, Tensor]:
         """Lets players move, at once and in turn; returns their utilities before they did."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_symeq.binding import copied
@@ -101,8 +102,12 @@ class StepGraphs:
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._pool: Any = None
 
-    def find(self, occasion: Occasion, rounds: Rounds) -> StepGraph | None:
-        """The graph of such a step, if there is one by now."""
+    def step(self, occasion: Occasion, rounds: Rounds) -> dict[str, Tensor] | None:
+        """Takes such a step by its graph, if there is one by now; returns the utilities.
+
+        With validation on, a step with a utility that is not finite is taken back. There are no
+        utilities then, as without a graph: the programs can tell which site it is.
+        """
         lessons = {}
         for name in {name for names in rounds for name in names}:
             lesson = self._capture.confirmed(name, occasion)
@@ -116,7 +121,16 @@ class StepGraphs:
             if len(self._entries) > NUM_KEPT:
                 self._entries.popitem(last=False)
         self._entries.move_to_end(key)
-        return entry.graph
+        if entry.graph is None:
+            return None
+        for name, lesson in lessons.items():
+            self._strategies[name].remember(lesson.parameters.values())
+        utilities = entry.graph(occasion.tensors)
+        if is_validation_enabled() and not all(map(torch.isfinite, utilities.values())):
+            for name in lessons:
+                self._strategies[name].take_back()
+            return None
+        return utilities
 
     def _entry(
         self, tensors: Sequence[Tensor], rounds: Rounds, lessons: Mapping[str, Lesson]
@@ -124,7 +138,7 @@ class StepGraphs:
         merged: list[Merged] = []
         graph = None
         try:
-            merged = [self._strategies[n].merged(x.parameters) for n, x in lessons.items()]
+            merged = [_merged(self._strategies[name], x) for name, x in lessons.items()]
             device = _device_of(tensors, lessons.values(), merged)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = StepGraph(
@@ -138,6 +152,17 @@ class StepGraphs:
                 leaf.grad = None
             self._capture.warn("the whole step, though each player's lesson", headline(error))
         return _Entry(graph, lessons, merged, _versions(lessons.values()))
+
+
+def _merged(strategy: Strategy, lesson: Lesson) -> Merged:
+    """The optimisers that move along a lesson.
+
+    Raises:
+        CannotRecord: They take steps in a way of their own.
+    """
+    if not strategy.grouped.is_plain:
+        raise CannotRecord(f"{type(strategy.optim).__name__} takes steps in a way of its own")
+    return strategy.merged(lesson.parameters)
 
 
 def _versions(lessons: Collection[Lesson]) -> list[int]:

@@ -59,7 +59,7 @@ class Grouped:
             found_inf: A number on their device; fused optimisers stay where they are if it's 1.
         """
         _lay_out_gradients(leaves)
-        if type(self.optim).__call__ not in CALLS:
+        if not self.is_plain:
             self.optim(leaves)
             return
         if new := [leaf for leaf in leaves if leaf not in self.optim.optim_objs]:
@@ -67,8 +67,13 @@ class Grouped:
             leaves = [leaf for leaf in leaves if not any(leaf is x for x in new)]
         self.merged(leaves).step(found_inf)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the optimiser steps as Pyro's do, by torch optimisers that it keeps."""
+        return type(self.optim).__call__ in CALLS
+
     def merged(self, leaves: list[Tensor]) -> "Merged":
-        """The optimisers of some parameters, merged."""
+        """The optimisers of some parameters, merged; all of them have moved before."""
         key = tuple(map(id, leaves))
         merged = self._merged.get(key)
         if merged is None or not merged.is_of(leaves):

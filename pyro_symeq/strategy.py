@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,8 +66,7 @@ class Strategy:
             found_inf: A number on their device; fused optimisers stay where they are if it's 1.
         """
         by_leaf = dict(zip(parameters.values(), gradients, strict=True))  # names may share one
-        for leaf in by_leaf:
-            self._note(leaf)
+        self.remember(by_leaf)
         try:
             for leaf, gradient in by_leaf.items():
                 leaf.grad = gradient
@@ -80,6 +79,13 @@ class Strategy:
         """The optimisers of parameters that have moved, merged."""
         return self.grouped.merged(list(dict.fromkeys(parameters.values())))
 
+    def remember(self, leaves: Iterable[Tensor]) -> None:
+        """Keeps what parameters are before they first move, if moves may be taken back."""
+        if self._before is not None:
+            for leaf in leaves:
+                if leaf not in self._before:
+                    self._before[leaf] = leaf.detach().clone(), self._memory(leaf)
+
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Takes moves back when an error follows."""
@@ -87,7 +93,7 @@ class Strategy:
         try:
             yield
         except BaseException:
-            self._take_back()
+            self.take_back()
             raise
         finally:
             self._before = None
@@ -100,16 +106,12 @@ class Strategy:
         try:
             yield
         finally:
-            self._take_back()
+            self.take_back()
             self._before = None
             self.parameters, self.pending = parameters, pending
 
-    def _note(self, leaf: Tensor) -> None:
-        """Keeps what a parameter is before it first moves, if moves may be taken back."""
-        if self._before is not None and leaf not in self._before:
-            self._before[leaf] = leaf.detach().clone(), self._memory(leaf)
-
-    def _take_back(self) -> None:
+    def take_back(self) -> None:
+        """Takes back the moves since it began to remember."""
         for leaf, (value, memory) in (self._before or {}).items():
             leaf.detach().copy_(value)
             if memory is None:
@@ -118,6 +120,7 @@ class Strategy:
                 optimizer = torch_optimizer(self.optim.optim_objs[leaf])
                 optimizer.state[leaf] = memory["state"]
                 optimizer.param_groups[0].update(memory["settings"])
+        self._before = {}
 
     def _memory(self, leaf: Tensor) -> State | None:
         """What the optimiser of a parameter remembers: its averages, and its settings by now."""
@@ -180,7 +183,7 @@ class Strategy:
                 f"The loaded value of parameter '{name}' of the {self.name} has shape "
                 f"{tuple(value.shape)}; expected {tuple(leaf.shape)}."
             )
-        self._note(leaf)
+        self.remember([leaf])
         with torch.no_grad():
             leaf.copy_(value)
         self.optim.optim_objs.pop(leaf, None)

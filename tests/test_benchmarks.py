@@ -197,6 +197,23 @@ def test_options():
     settings = list(steps.plan(*options.only, options))
     assert [setting.batch_size for setting in settings] == [64, 128, 256, 512, 1024, 2048, 4096]
     assert all(setting.validation for setting in settings)
+    assert "compile" in steps.contestants("dense", options)
+    assert "compile" not in steps.contestants("chain", options)
+    options = steps.parse(["--rivals", "compile", "hand", "svi", "--no-memory"])
+    assert steps.contestants("chain", options) == ["hand", "compile", "svi"]
+    assert not options.memory
+
+
+@pytest.mark.parametrize("precision", steps.PRECISIONS)
+def test_precision_is_that_of_the_steps_alone(precision):
+    setting = replace(SETTINGS["dense"], batch_size=2, precision=precision)
+    step = contest.contestant("hand", setting)
+    before = torch.get_float32_matmul_precision()
+    with contest.running(setting):
+        step()
+        within = torch.get_float32_matmul_precision()
+    assert within == ("highest" if precision == "single" else "high")
+    assert torch.get_float32_matmul_precision() == before
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from pyro_symeq import (
     SymmetricLoss,
     SymmetricUtility,
 )
-from tests.comparison import same
+from tests.comparison import RATE, same
 from tests.enumerable import Ladder, gradients
 from tests.montecarlo import assert_mean
 from tests.programs import PROGRAMS
@@ -91,7 +91,7 @@ def history(make, drive, capture, optimizer=None, **options):
     pyro.set_rng_seed(0)
     pair = make()
     model, guide = Watched(pair.model), Watched(pair.guide)
-    optimizer = optimizer() if optimizer else Adam({"lr": 0.05})
+    optimizer = optimizer() if optimizer else Adam({"lr": RATE})
     symeq = SymmetricEquilibrium(model, guide, optimizer, capture=capture, **options)
     pyro.set_rng_seed(1)
     losses, last_runs = [], 0
@@ -177,7 +177,8 @@ def test_same_noise_same_numbers(name, device):
     eager, captured = (trained(name, capture, device) for capture in (False, True))
     assert_alike(captured, eager)
     assert eager.last_runs > 0
-    assert (captured.last_runs == 0) == (not captured.reasons)
+    lessons = [reason for reason in captured.reasons if "the whole step" not in reason]
+    assert (captured.last_runs == 0) == (not lessons)
     if device.type == "cpu":
         assert bool(captured.reasons) == (name in NOT_CAPTURED), captured.reasons
         assert all(NOT_CAPTURED[name] in reason for reason in captured.reasons)
@@ -215,9 +216,9 @@ class Pair:
             pyro.sample("z", dist.Bernoulli(logits=self.encoder(x)).to_event(1))
 
 
-def changed(change, **attributes):
+def changed(change, base=Pair, **attributes):
     """A maker of pairs with a hook of this kind."""
-    return type("Changed", (Pair,), {"change": change, **attributes})
+    return type("Changed", (base,), {"change": change, **attributes})
 
 
 SCENARIOS = {}  # name: a function that trains in both ways and compares
@@ -1280,7 +1281,9 @@ def no_waiting():
 
     @contextmanager
     def watched():
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a prototype, it says
+            torch.cuda.set_sync_debug_mode("error")
         try:
             yield
         finally:
@@ -1512,7 +1515,7 @@ class WithScaleOnCPU(OnDevice):
     """A scalar parameter that lies on the CPU, as Pyro and torch allow."""
 
     def observed(self, h):
-        return dist.Normal(h, pyro.param("scale", torch.tensor(1.0)).exp())
+        return dist.Normal(h * pyro.param("scale", torch.tensor(1.0)).exp(), 1.0)
 
 
 @on_cuda
@@ -1531,9 +1534,9 @@ def test_what_a_graph_refuses_runs_as_ever(make, unchecked):
 
 @on_cuda
 def test_arguments_on_the_cpu_are_not_captured(unchecked):
-    make = changed(lambda s, h, a: h + a.to(h), model=OnDevice.model, __init__=OnDevice.__init__)
+    make = changed(lambda s, h, a: h + a.to(h), OnDevice)
     pair, symeq = trained_pair(make, num_steps=0)
-    with pytest.warns(UserWarning, match="lies on the cpu"):
+    with pytest.warns(UserWarning, match="lies on cpu"):
         for i in range(NUM_FIRST + 2):
             symeq.step(cuda_rows(i), torch.tensor(float(i)))
     before = clone(parameters_of(pair))
@@ -1549,7 +1552,7 @@ def test_arguments_on_the_cpu_are_not_captured(unchecked):
 
 @on_cuda
 def test_a_scalar_on_the_cpu_that_changes_reaches_the_graph(unchecked):
-    make = changed(lambda s, h: h * s.beta, model=OnDevice.model, __init__=OnDevice.__init__)
+    make = changed(lambda s, h: h * s.beta, OnDevice)
     losses = []
     for last in (1.0, 100.0):
         pyro.clear_param_store()

@@ -50,9 +50,9 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path):
     _, message = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "To go on, give the same options and --resume." in message
-    assert 0 < load(parts)["symeq"]["num_steps"] < 60
+    assert 0 < load(parts)["learner"]["num_steps"] < 60
     succeed("--steps", 60, "--out", parts, "--resume")
-    assert same(load(parts)["symeq"], load(whole)["symeq"])
+    assert same(load(parts)["learner"], load(whole)["learner"])
 
 
 def write_idx(path, array):
@@ -78,7 +78,7 @@ def test_mnist_is_read_where_it_lies(tmp_path, mnist):
     root = mnist.parent.parent
     succeed("--data", "mnist", "--data-root", root, "--steps", 1, "--out", tmp_path)
     assert (tmp_path / "mnist.png").exists()
-    assert load(tmp_path, "mnist")["symeq"]["num_steps"] == 1
+    assert load(tmp_path, "mnist")["learner"]["num_steps"] == 1
     assert sorted(mnist.iterdir()) == files
 
 

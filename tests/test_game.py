@@ -13,11 +13,9 @@ from pyro.optim import SGD, Adam, ClippedAdam, ExponentialLR
 from torch import nn
 
 from pyro_symeq import Batch, Game, GameLoss, Player, SymmetricEquilibrium
-from tests.comparison import same
+from tests.comparison import RATE, same
 from tests.enumerable import Ladder
 from tests.test_equilibrium import clone, identical
-
-RATE = 0.1
 
 
 class Chase:

@@ -1,15 +1,18 @@
 """How whole steps are captured, with a stand-in for CUDA graphs; see test_capture.py for CUDA."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.optim import Adam, ClippedAdam, ExponentialLR
+from pyro.optim import Adam, ClippedAdam, ExponentialLR, PyroOptim
 from torch import nn
 
 from pyro_symeq import SymmetricEquilibrium, graphs
 from pyro_symeq.capture import Lesson
 from pyro_symeq.game import Game
+from tests.comparison import same
 
 
 class Replay:
@@ -132,6 +135,49 @@ def test_captured_steps_are_steps(name, updates):
         torch.testing.assert_close(mine, theirs)
     assert len(Replay.captured) == num_captures
     assert all(graph.num_replays >= 3 for graph in Replay.captured)
+
+
+@pytest.mark.parametrize("updates", ["alternating", "simultaneous"])
+def test_a_batch_that_is_refused_moves_nothing(updates):
+    """With validation on; both players have moved in the graph when the error is seen."""
+    pair = Pair(Adam({"lr": 0.1}), capture=True, updates=updates)
+    _, before = pair.train_on(batches(*[5] * 6))
+    state = pair.symeq.state_dict()
+    (x,) = batches(5)
+    x[2] = torch.nan
+    with pytest.raises(ValueError, match="'x' is not finite: 4 elements"):
+        pair.symeq.step(x)
+    (graph,) = Replay.captured
+    assert graph.num_replays == 4
+    assert same([p.detach() for p in pair.parameters()], before)
+    assert same(pair.symeq.state_dict()["players"], state["players"])
+    losses, _ = pair.train_on(batches(*[5] * 3))
+    assert all(map(math.isfinite, losses))
+
+
+class Frugal(PyroOptim):
+    """Moves in every second step."""
+
+    def __init__(self):
+        super().__init__(torch.optim.SGD, {"lr": 0.1})
+        self.num_calls = 0
+
+    def __call__(self, params, *args, **kwargs):
+        self.num_calls += 1
+        if self.num_calls % 2:
+            super().__call__(params, *args, **kwargs)
+
+
+def test_an_optimiser_with_steps_of_its_own_is_named():
+    eager = Pair(Frugal()).train_on(batches(*[5] * 7))
+    with pytest.warns(
+        UserWarning, match="the whole step.* Frugal takes steps in a way of its own"
+    ):
+        captured = Pair(Frugal(), capture=True).train_on(batches(*[5] * 7))
+    assert captured[0] == pytest.approx(eager[0], rel=1e-9)
+    for mine, theirs in zip(captured[1], eager[1], strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert not Replay.captured
 
 
 def test_the_schedule_tells_graphs_apart():

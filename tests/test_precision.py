@@ -11,6 +11,7 @@ from torch import nn
 
 from pyro_symeq import Game, Player, SymmetricEquilibrium, passes
 from pyro_symeq.tracing import run
+from tests.comparison import RATE
 from tests.test_utility import Recorder
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -151,6 +152,7 @@ def mixed(device):
     return torch.autocast(device.type, torch.bfloat16)
 
 
+@pytest.mark.filterwarnings("ignore:Not captured. the whole step")
 @pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize("updates", ["alternating", "simultaneous"])
 def test_under_autocast_gradients_reach_all_parameters(updates, capture, device):
@@ -324,7 +326,7 @@ class Images(nn.Module):
             )
 
 
-def trained_on_images(optim, device, nets, x, *, since=0, lr=0.05, capture=False, reloaded=False):
+def trained_on_images(optim, device, nets, x, *, since=0, lr=RATE, capture=False, reloaded=False):
     """Parameters after some steps; the networks have their format since one of them.
 
     Pyro's store has contiguous parameters only, so that the players claim theirs.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_symeq.recording import CannotRecord, record
+from pyro_symeq.recording import CannotRecord, _is_rounded, record
 
 
 def seeded(function, *args):
@@ -187,3 +187,31 @@ def test_sparse_tensors_of_a_program_are_refused():
     weights = torch.eye(3).to_sparse()
     with pytest.raises(CannotRecord, match="sparse_coo"):
         record(lambda x: [torch.sparse.mm(weights, x)], [torch.ones(3, 2)])
+
+
+def test_bits_with_probabilities_that_are_not_numbers_are_not_numbers():
+    """PyTorch refuses them, on a GPU for good; other bits are drawn as ever."""
+    recording = record(lambda p: [torch.bernoulli(p)], [torch.full((50,), 0.5)])
+    p = torch.rand(50)
+    expected = seeded(torch.bernoulli, p)[0]
+    p[[3, 20]] = torch.nan
+    expected[[3, 20]] = torch.nan
+    (seen,) = seeded(recording, p)[0]
+    torch.testing.assert_close(seen, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error", "is_same"),
+    [
+        (torch.bfloat16, 1e-2, True),
+        (torch.bfloat16, 0.5, False),
+        (torch.float32, 1e-4, True),
+        (torch.float32, 1e-2, False),
+        (torch.float64, 1e-2, False),
+    ],
+)
+def test_a_replay_may_differ_by_rounding(dtype, error, is_same):
+    """In norm, since single elements may be as good as zero."""
+    x = torch.tensor([100.0, -30.0, 1e-3, torch.nan], dtype=dtype)
+    y = x + torch.tensor([0.0, 0.0, 100 * error, 0.0], dtype=dtype)
+    assert _is_rounded(y, x) == is_same

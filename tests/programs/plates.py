@@ -221,14 +221,14 @@ def subsampled(rows):
 
     def model(data):
         pyro.module("decoder", decoder)
-        with pyro.plate("data", len(data), subsample_size=3) as ind:
+        with pyro.plate("data", len(data), subsample_size=3, device=data.device) as ind:
             z = pyro.sample("z", dist.Normal(data.new_zeros(1), 1.0).to_event(1))
             law = dist.Normal(decoder(z), 1.0).to_event(1)
             pyro.sample("x", law, obs=rows(data, ind))
 
     def guide(data):
         pyro.module("encoder", encoder)
-        with pyro.plate("data", len(data), subsample_size=3) as ind:
+        with pyro.plate("data", len(data), subsample_size=3, device=data.device) as ind:
             pyro.sample("z", dist.Normal(encoder(rows(data, ind)), 1.0).to_event(1))
 
     return Program(model, guide, (torch.randn(6, 3),))

@@ -1,0 +1,41 @@
+"""Pictures of samples in many dimensions, side by side in two of their own."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+from torch import Tensor
+
+__all__ = ["draw"]
+
+COLORS = ("tab:blue", "tab:orange", "tab:green")
+
+
+def draw(
+    path: Path, title: str, clouds: Mapping[str, Mapping[str, Tensor]], seed: int = 0
+) -> None:
+    """Writes a picture with a panel for each space, where t-SNE has embedded all samples at once.
+
+    Args:
+        path: The file to write.
+        title: Stands above the picture.
+        clouds: By the name of a space, up to three sets of samples by their names, each with shape
+            :math:`(N, D)`.
+        seed: The seed of t-SNE.
+    """
+    figure = Figure(figsize=(4.2 * len(clouds), 4.6), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    panels = figure.subplots(1, len(clouds), squeeze=False)[0]
+    for axes, (space, samples) in zip(panels, clouds.items(), strict=True):
+        points = torch.cat(list(samples.values())).numpy(force=True)
+        embedded = torch.from_numpy(TSNE(random_state=seed).fit_transform(points))
+        sets = embedded.split([len(each) for each in samples.values()])
+        for name, color, each in zip(samples, COLORS, sets, strict=False):
+            axes.scatter(*each.T, s=3, alpha=0.5, linewidths=0, color=color, label=name)
+        axes.set_title(space, fontsize=10)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,319 @@
+r"""A hierarchical VAE of MNIST or Fashion-MNIST, learned as a game or by its ELBO.
+
+This is the first experiment of Flach, Schlesinger, Shekhovtsov (2024). The pair of ``hvae.py`` is
+learned by one of several methods, from the same initial parameters, with the same optimiser and
+the same number of steps. Then its decoder is asked for images, and so is the limiting distribution
+of decoder and encoder. Both are compared with images that were held out, by the Fréchet distance
+in the features of a classifier. In a consistent pair, the two distances are alike.
+
+Each run leaves a JSON file of all figures, a picture of images, one of its latents, and a
+checkpoint. Once there is a run of the game and one of the ELBO that are alike in all else, a
+picture shows them side by side.
+
+Run ``python examples/mnist_hvae.py --help`` for the options.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from cli import begun, ended_cleanly, parser
+
+with ended_cleanly("mnist_hvae.py"):
+    from pyro.optim import Adam  # type: ignore[attr-defined]
+
+    import embeddings
+    import tiles
+    from data import DataError, load
+    from elbo import DarnBernoulli, elbo
+    from features import feature_space
+    from hvae import DEEP, FACTORISATIONS, STYLES, Size
+    from judge import LAYERS, Judge, Latents
+    from long_runs import LongRun, RunError, add_options, write_record
+    from pyro_symeq import Game, GameLoss, Player, SymmetricEquilibrium
+    from reweighted import Reweighted
+    from training import cosine
+
+DATA = ("mnist", "fashion", "digits")
+METHODS = ("game", "elbo", "rws")
+NAMES = ("data", "factorisation", "net", "method", "preset", "seed")  # of a run
+NUM_LOOKS = 16
+NUM_SHOWN = 16  # images
+NUM_EMBEDDED = 1000  # latents of each law
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training and its figures depend on, besides the options that are names.
+
+    Args:
+        steps: The number of steps.
+        batch_size: The number of images of a step, and of dreams.
+        learning_rate: The learning rate of Adam at the start, of all parameters.
+        is_annealed: Whether it falls to zero along a cosine.
+        size: How large the networks are.
+        num_samples: The number of images that are drawn for a distance at the end.
+        num_quick: The same on the way, and for the consistency.
+        num_rounds: The number of rounds to the limiting distribution.
+        num_draws: The number of importance-weighted draws for a likelihood.
+        flips: The probability with which a pixel of a training image is flipped.
+        learns_all: Whether held-out images are learned from too, and all are compared to.
+        code_warmup: That of :class:`SymmetricEquilibrium`.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    is_annealed: bool
+    size: Size
+    num_samples: int
+    num_quick: int
+    num_rounds: int
+    num_draws: int = 100
+    flips: float = 0.001
+    learns_all: bool = False
+    code_warmup: int = 1000
+
+
+PRESETS = {
+    "laptop": Settings(8000, 128, 1e-3, True, Size(256, 16), 2000, 1000, 1000),
+    "paper": Settings(
+        200_000, 1024, 1e-4, False, DEEP, 10_000, 2000, 1000, learns_all=True, code_warmup=0
+    ),
+    "smoke": Settings(60, 32, 1e-3, True, Size(32, 4), 100, 50, 10, num_draws=5),
+}
+
+
+class Training:
+    """A pair that learns.
+
+    Args:
+        x: The images that it learns from, with shape :math:`(N, D)`.
+        options: The options of the program.
+        settings: What else the training depends on.
+    """
+
+    def __init__(self, x: Tensor, options: argparse.Namespace, settings: Settings) -> None:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(options.seed)
+        self.x = x
+        self.settings = settings
+        self.hvae = FACTORISATIONS[options.factorisation](
+            round(x.shape[-1] ** 0.5),
+            settings.size,
+            STYLES[options.net],
+            DarnBernoulli if options.method == "elbo" else dist.Bernoulli,
+        ).to(x.device)
+        rate, steps = settings.learning_rate, settings.steps
+        self.optim = cosine(steps, rate) if settings.is_annealed else Adam({"lr": rate})
+        make: dict[str, Callable[[], Game | Reweighted]] = {
+            "game": self._game,
+            "elbo": self._elbo,
+            "rws": self._reweighted,
+        }
+        self.learner = make[options.method]()
+
+    def _game(self) -> Game:
+        model, guide, code_warmup = self.hvae.model, self.hvae.guide, self.settings.code_warmup
+        return SymmetricEquilibrium(
+            model, guide, self.optim, code_warmup=code_warmup, capture=True
+        )
+
+    def _elbo(self) -> Game:
+        """A game of one player, who owns all parameters and climbs the ELBO."""
+
+        def utility(_: Any, x: Tensor) -> Tensor:
+            return elbo(self.hvae.model, self.hvae.guide, x)
+
+        player = Player("elbo", self.hvae.model, self.optim, utility, self.hvae)
+        return Game([player], capture=True)
+
+    def _reweighted(self) -> Reweighted:
+        rate, is_annealed = self.settings.learning_rate, self.settings.is_annealed
+        steps = self.settings.steps if is_annealed else None
+        return Reweighted(self.hvae.model, self.hvae.guide, self.hvae, rate, steps)
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps that have been taken."""
+        return self.learner.num_steps
+
+    def step(self) -> GameLoss:
+        """Takes a step on a batch, drawn where the images are."""
+        rows = torch.randint(len(self.x), (self.settings.batch_size,), device=self.x.device)
+        x = self.x[rows]
+        flipped = torch.rand_like(x) < self.settings.flips
+        loss = self.learner.step(torch.where(flipped, 1 - x, x))
+        if self.settings.is_annealed:
+            self.optim.step()
+        return loss
+
+    def read(self, loss: GameLoss) -> dict[str, float]:
+        """The utilities of a step (nats per image)."""
+        return {name: u / self.settings.batch_size for name, u in loss.utilities.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that it needs to go on."""
+        return {"networks": self.hvae.state_dict(), "learner": self.learner.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to a state."""
+        self.hvae.load_state_dict(state["networks"])
+        self.learner.load_state_dict(state["learner"])
+
+
+def look(judge: Judge, settings: Settings, num_steps: int) -> dict[str, float]:
+    """What is told on the way; of the limiting distribution in the last quarter."""
+    told = judge.bits() | judge.distances(decoder=judge.prior(settings.num_quick))
+    if num_steps > 0.75 * settings.steps:
+        limiting = judge.limiting(settings.num_quick, settings.num_rounds)
+        told |= judge.distances(limiting=limiting)
+    return told
+
+
+def figures(judge: Judge, laws: dict[str, Latents], settings: Settings) -> dict[str, float]:
+    """What is told at the end, besides the consistency of the pair."""
+    distances = judge.distances(decoder=laws["prior"], limiting=laws["limiting"])
+    decoder, limiting = distances.values()
+    return {
+        **distances,
+        **judge.floor(),
+        "limiting / decoder": limiting / decoder,
+        **judge.bits(num_draws=100),
+        **judge.likelihood(settings.num_draws),
+    }
+
+
+def path(options: argparse.Namespace, kind: str, **others: str) -> Path:
+    """A file that a run leaves; or another run, which differs from it in some names."""
+    names = vars(options) | others
+    return options.out / f"{'-'.join(str(names[name]) for name in NAMES)}.{kind}"
+
+
+def picture_latents(options: argparse.Namespace, laws: dict[str, Latents]) -> None:
+    """Draws the latents of the decoder, the encoder and the limiting distribution (Fig. 6)."""
+    layers = {
+        layer: {law: latents[layer][:NUM_EMBEDDED] for law, latents in laws.items()}
+        for layer in LAYERS
+    }
+    title = f"{options.data}, {options.factorisation}, {options.net}, learned by {options.method}"
+    embeddings.draw(path(options, "latents.png"), title, layers)
+
+
+def picture_images(options: argparse.Namespace, rows: dict[str, Tensor]) -> None:
+    """Draws images beside those of the other methods, of which there are runs (Fig. 1).
+
+    Args:
+        options: The options of the program.
+        rows: Probabilities of pixels by the label of their row, with shape :math:`(N, H, W)`.
+    """
+    torch.save(rows, path(options, "images.pt"))
+    every: dict[str, Tensor] = {}
+    for method in METHODS:
+        file = path(options, "images.pt", method=method)
+        if file.exists():
+            every |= torch.load(file, weights_only=True)
+    title = f"{options.data}, {options.factorisation}, {options.net}: Fréchet distances and images"
+    tiles.draw(path(options, "png", method="methods"), title, every)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the options of the program."""
+    options = parser("A hierarchical VAE, learned as a game or by its ELBO.", DATA)
+    add_options(options, PRESETS)
+    options.add_argument("--method", choices=METHODS, default="game", help="how to learn")
+    options.add_argument(
+        "--factorisation", choices=FACTORISATIONS, default="ladder", help="of the encoder"
+    )
+    options.add_argument("--net", choices=STYLES, default="silu", help="the kind of networks")
+    options.add_argument("--learning-rate", type=float, help="(default: as in the preset)")
+    options.add_argument(
+        "--annealed",
+        action=argparse.BooleanOptionalAction,
+        help="whether the learning rate falls to zero (default: as in the preset)",
+    )
+    parsed = options.parse_args(arguments)
+    if parsed.method == "rws" and parsed.factorisation == "ladder":
+        options.error("rws needs --factorisation reverse: its programs can't share parameters")
+    return parsed
+
+
+def chosen(options: argparse.Namespace) -> Settings:
+    """The settings of the preset, with what was asked for instead."""
+    settings = begun(options, PRESETS[options.preset])
+    asked = {"learning_rate": options.learning_rate, "is_annealed": options.annealed}
+    return replace(settings, **{name: x for name, x in asked.items() if x is not None})
+
+
+def run(options: argparse.Namespace, arguments: list[str] | None) -> None:
+    """Trains a pair, and tells and draws what it has learned."""
+    settings = chosen(options)
+    images = load(options.data, options.data_root).to(options.device)
+    x, real = images.x, images.held_out_x
+    if settings.learns_all:
+        x = real = torch.cat([x, real])
+    training = Training(x, options, settings)
+    features = feature_space(options.data, real)
+    judge = Judge(training.hvae, features, real)
+    long_run = LongRun(
+        training,
+        training.step,
+        steps=settings.steps,
+        identity={name: getattr(options, name) for name in NAMES} | asdict(settings),
+        checkpoint=path(options, "pt"),
+        read=training.read,
+        look=lambda: look(judge, settings, training.num_steps),
+        num_looks=NUM_LOOKS,
+        tensorboard=path(options, "tensorboard") if options.tensorboard else None,
+    )
+    if options.resume:
+        long_run.resume()
+    long_run.train()
+
+    start = time.perf_counter()
+    laws = {
+        "prior": judge.prior(settings.num_samples),
+        "posterior": judge.posterior(settings.num_samples),
+        "limiting": judge.limiting(settings.num_samples, settings.num_rounds),
+    }
+    told = figures(judge, laws, settings)
+    for name, value in told.items():
+        print(f"{name:50} {value:10.3f}")
+    told |= judge.consistency(settings.num_quick, settings.num_rounds)
+    write_record(
+        path(options, "json"),
+        "mnist_hvae.py",
+        settings=long_run.identity,
+        figures=told,
+        seconds={"training": long_run.seconds, "evaluation": time.perf_counter() - start},
+        device=options.device,
+        history=long_run.history,
+        arguments=arguments,
+    )
+    rows = {}
+    for law, label in (("prior", "decoder"), ("limiting", "limiting")):
+        distance = told[f"frechet[{features.name}]/{label}"]
+        gray = judge.probabilities(laws[law])[:NUM_SHOWN].unflatten(-1, [images.side] * 2)
+        rows[f"{options.method}, {label} {distance:.1f}"] = gray.cpu()
+    picture_images(options, rows)
+    picture_latents(options, laws)
+    print(f"The figures are in {path(options, 'json')}, with pictures beside it.")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the program."""
+    options = parse(arguments)
+    with ended_cleanly("mnist_hvae.py", DataError, RunError), pyro.validation_enabled(False):
+        run(options, arguments)
+
+
+if __name__ == "__main__":
+    main()

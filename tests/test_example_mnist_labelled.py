@@ -1,0 +1,62 @@
+"""Labelled digits: a short run in a process of its own, and what the pair is asked."""
+
+import json
+
+import pytest
+import torch
+
+from tests.processes import EXAMPLES, run_example
+
+
+def test_a_smoke_run_leaves_its_figures_and_goes_on(tmp_path):
+    options = ["--data", "digits", "--preset", "smoke", "--out", tmp_path]
+    for more in ([], ["--resume"]):
+        result = run_example("mnist_labelled.py", *options, *more)
+        assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "labelled-digits-smoke-0.json").read_text())
+    figures = record["figures"]
+    assert 0 <= figures["held-out accuracy"] <= 1
+    distances = {
+        law: figures[f"frechet[digits-cnn]/{law}"]
+        for law in ("decoder", "limiting", "limiting given class", "floor")
+    }
+    assert 0 < distances["floor"] < min(distances["decoder"], distances["limiting"])
+    ratio = distances["limiting"] / distances["decoder"]
+    assert figures["limiting / decoder"] == pytest.approx(ratio)
+    assert {"accuracy", "decoder distance", "limiting distance"} < record["history"][-1].keys()
+    for name in ("labelled-digits-smoke-0.png", "labelled-digits-smoke-0-latents.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import mnist_labelled
+    from data import load
+    from features import classifier, feature_space
+
+    torch.set_default_dtype(torch.float32)
+    images = load("digits", None)
+    training = mnist_labelled.Training(images, 0, mnist_labelled.PRESETS["smoke"])
+    network = classifier("digits", images.x)
+    return mnist_labelled.Judge(
+        training.vae, images, feature_space("digits", images.x), network, num_samples=40
+    )
+
+
+def test_samples_are_of_their_classes(judge):
+    """As many of each class, in a fixed order; without classes given, others are drawn."""
+    classes = [*range(10)] * 4
+    given = judge.limiting(2, is_given=True)
+    for draws in (judge.decoded(), given):
+        assert draws["class"].argmax(-1).tolist() == classes
+        assert set(draws["style"].unique().tolist()) == {0.0, 1.0}
+        assert judge.pixels(draws["z1"]).shape == (40, 64)
+    assert judge.limiting(2, is_given=False)["class"].argmax(-1).tolist() != classes
+
+
+def test_real_images_are_what_the_classifier_takes_them_for(judge, monkeypatch):
+    monkeypatch.setattr(judge, "images", lambda draws: draws["x"])
+    real = {"x": judge.x, "class": judge.y}
+    assert judge.agreement(real) > 0.9
+    assert judge.distance(real).value < 1e-2 < judge.floor().value
