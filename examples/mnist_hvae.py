@@ -302,7 +302,7 @@ def run(options: argparse.Namespace, arguments: list[str] | None) -> None:
     for law, label in (("prior", "decoder"), ("limiting", "limiting")):
         distance = told[f"frechet[{features.name}]/{label}"]
         gray = judge.probabilities(laws[law])[:NUM_SHOWN].unflatten(-1, [images.side] * 2)
-        rows[f"{options.method}, {label} {distance:.1f}"] = gray.cpu()
+        rows[f"{options.method}, {label} {distance:.1f}"] = gray.clone().cpu()
     picture_images(options, rows)
     picture_latents(options, laws)
     print(f"The figures are in {path(options, 'json')}, with pictures beside it.")
