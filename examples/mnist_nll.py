@@ -329,7 +329,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the program."""
     options = parse(arguments)
-    with ended_cleanly("mnist_nll.py", RunError, DataError):
+    with ended_cleanly("mnist_nll.py", RunError, DataError), pyro.validation_enabled(False):
         run(options)
 
 
