@@ -84,11 +84,11 @@ def classifier(data: str, like: Tensor) -> Classifier:
 
     Args:
         data: The name of the data set.
-        like: Some of its images, which tell their number of pixels and the device.
+        like: Some of its images, which tell their size, device and dtype.
     """
     network = Classifier(round(like.shape[-1] ** 0.5))
     network.load_state_dict(torch.load(FOLDER / f"{data}-cnn.pt", weights_only=True))
-    return network.to(like.device).eval()
+    return network.to(like).eval()
 
 
 def feature_space(data: str, like: Tensor) -> Features:

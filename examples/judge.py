@@ -13,9 +13,15 @@ from torch import Tensor
 
 from hvae import HVAE
 from pyro_symeq import LimitingDistribution
-from pyro_symeq.metrics import Features, frechet_distance, information, log_likelihood
+from pyro_symeq.metrics import (
+    Features,
+    consistency,
+    frechet_distance,
+    information,
+    log_likelihood,
+)
 
-__all__ = ["Judge", "Latents"]
+__all__ = ["LAYERS", "Judge", "Latents"]
 
 LAYERS = ("z0", "z1")
 AT_ONCE = 1000
@@ -31,28 +37,26 @@ class Judge:
         hvae: The pair.
         features: The features in which images are compared.
         x: Real images, with shape :math:`(N, D)`.
-        num_samples: The number of images that are drawn, at most :math:`N`.
     """
 
-    def __init__(self, hvae: HVAE, features: Features, x: Tensor, num_samples: int) -> None:
+    def __init__(self, hvae: HVAE, features: Features, x: Tensor) -> None:
         self.hvae = hvae
         self.features = features
         self.x = x
-        self.like = x[:num_samples]
         self._known = features(x)
 
-    def prior(self) -> Latents:
+    def prior(self, num_samples: int) -> Latents:
         """Latents of the decoder."""
-        return _latents(poutine.uncondition(self.hvae.model), self.like)
+        return _latents(poutine.uncondition(self.hvae.model), self.x[:num_samples])
 
-    def posterior(self) -> Latents:
-        """Latents that the encoder draws for real images."""
-        return _latents(self.hvae.guide, self.like)
+    def posterior(self, num_samples: int) -> Latents:
+        """Latents that the encoder draws for as many real images."""
+        return _latents(self.hvae.guide, self.x[:num_samples])
 
-    def limiting(self, num_rounds: int) -> Latents:
+    def limiting(self, num_samples: int, num_rounds: int) -> Latents:
         """Latents of the limiting distribution, after so many rounds from those of the decoder."""
         chains = LimitingDistribution(self.hvae.model, self.hvae.guide)
-        draws = chains.sample(1, self.like, num_steps=num_rounds)
+        draws = chains.sample(1, self.x[:num_samples], num_steps=num_rounds)
         return {name: draws[name][0] for name in LAYERS}
 
     @torch.no_grad()
@@ -77,6 +81,18 @@ class Judge:
     def _distance(self, name: str, a: Tensor, b: Tensor) -> Figures:
         distance = frechet_distance(a, b, self.features.name)
         return {f"{distance.name}/{name}": distance.value}
+
+    def consistency(self, num_samples: int, num_rounds: int) -> Figures:
+        """How far the laws of each layer, and of images, are from one another."""
+        pair = self.hvae.model, self.hvae.guide
+        features = {"x": self.features}
+        told = consistency(*pair, self.x[:num_samples], features=features, num_steps=num_rounds)
+        return {
+            f"consistency/{site}/{laws}/{name}": value
+            for site, comparisons in told.items()
+            for laws, comparison in comparisons.items()
+            for name, value in comparison.items()
+        }
 
     def bits(self, num_draws: int = 10) -> Figures:
         """The information of each layer about 1,000 images (bits)."""

@@ -36,7 +36,7 @@ with ended_cleanly("mnist_hvae.py"):
     from elbo import DarnBernoulli, elbo
     from features import feature_space
     from hvae import DEEP, FACTORISATIONS, STYLES, Size
-    from judge import Judge, Latents
+    from judge import LAYERS, Judge, Latents
     from long_runs import LongRun, RunError, add_options, write_record
     from pyro_symeq import Game, GameLoss, Player, SymmetricEquilibrium
     from reweighted import Reweighted
@@ -45,7 +45,7 @@ with ended_cleanly("mnist_hvae.py"):
 DATA = ("mnist", "fashion", "digits")
 METHODS = ("game", "elbo", "rws")
 NAMES = ("data", "factorisation", "net", "method", "preset", "seed")  # of a run
-NUM_LOOKS = 20
+NUM_LOOKS = 16
 NUM_SHOWN = 16  # images
 NUM_EMBEDDED = 1000  # latents of each law
 
@@ -60,7 +60,8 @@ class Settings:
         learning_rate: The learning rate of Adam at the start, of all parameters.
         is_annealed: Whether it falls to zero along a cosine.
         size: How large the networks are.
-        num_samples: The number of images that are drawn for a distance.
+        num_samples: The number of images that are drawn for a distance at the end.
+        num_quick: The same on the way, and for the consistency.
         num_rounds: The number of rounds to the limiting distribution.
         num_draws: The number of importance-weighted draws for a likelihood.
         flips: The probability with which a pixel of a training image is flipped.
@@ -74,6 +75,7 @@ class Settings:
     is_annealed: bool
     size: Size
     num_samples: int
+    num_quick: int
     num_rounds: int
     num_draws: int = 100
     flips: float = 0.001
@@ -82,11 +84,11 @@ class Settings:
 
 
 PRESETS = {
-    "laptop": Settings(8000, 128, 1e-3, True, Size(256, 16), 2000, 500),
+    "laptop": Settings(8000, 128, 1e-3, True, Size(256, 16), 2000, 1000, 1000),
     "paper": Settings(
-        200_000, 1024, 1e-4, False, DEEP, 10_000, 1000, learns_all=True, code_warmup=0
+        200_000, 1024, 1e-4, False, DEEP, 10_000, 2000, 1000, learns_all=True, code_warmup=0
     ),
-    "smoke": Settings(60, 32, 1e-3, True, Size(32, 4), 200, 10, num_draws=5),
+    "smoke": Settings(60, 32, 1e-3, True, Size(32, 4), 100, 50, 10, num_draws=5),
 }
 
 
@@ -168,24 +170,25 @@ class Training:
         self.learner.load_state_dict(state["learner"])
 
 
-def look(judge: Judge, progress: float, num_rounds: int) -> dict[str, float]:
+def look(judge: Judge, settings: Settings, num_steps: int) -> dict[str, float]:
     """What is told on the way; of the limiting distribution in the last quarter."""
-    told = judge.bits() | judge.distances(decoder=judge.prior())
-    if progress > 0.75:
-        told |= judge.distances(limiting=judge.limiting(num_rounds))
+    told = judge.bits() | judge.distances(decoder=judge.prior(settings.num_quick))
+    if num_steps > 0.75 * settings.steps:
+        limiting = judge.limiting(settings.num_quick, settings.num_rounds)
+        told |= judge.distances(limiting=limiting)
     return told
 
 
-def figures(judge: Judge, samples: dict[str, Latents], num_draws: int) -> dict[str, float]:
-    """What is told at the end."""
-    distances = judge.distances(decoder=samples["prior"], limiting=samples["limiting"])
+def figures(judge: Judge, laws: dict[str, Latents], settings: Settings) -> dict[str, float]:
+    """What is told at the end, besides the consistency of the pair."""
+    distances = judge.distances(decoder=laws["prior"], limiting=laws["limiting"])
     decoder, limiting = distances.values()
     return {
         **distances,
         **judge.floor(),
         "limiting / decoder": limiting / decoder,
         **judge.bits(num_draws=100),
-        **judge.likelihood(num_draws),
+        **judge.likelihood(settings.num_draws),
     }
 
 
@@ -195,11 +198,11 @@ def path(options: argparse.Namespace, kind: str, **others: str) -> Path:
     return options.out / f"{'-'.join(str(names[name]) for name in NAMES)}.{kind}"
 
 
-def picture_latents(options: argparse.Namespace, samples: dict[str, Latents]) -> None:
+def picture_latents(options: argparse.Namespace, laws: dict[str, Latents]) -> None:
     """Draws the latents of the decoder, the encoder and the limiting distribution (Fig. 6)."""
     layers = {
-        layer: {law: latents[layer][:NUM_EMBEDDED] for law, latents in samples.items()}
-        for layer in ("z0", "z1")
+        layer: {law: latents[layer][:NUM_EMBEDDED] for law, latents in laws.items()}
+        for layer in LAYERS
     }
     title = f"{options.data}, {options.factorisation}, {options.net}, learned by {options.method}"
     embeddings.draw(path(options, "latents.png"), title, layers)
@@ -259,8 +262,7 @@ def run(options: argparse.Namespace, arguments: list[str] | None) -> None:
         x = real = torch.cat([x, real])
     training = Training(x, options, settings)
     features = feature_space(options.data, real)
-    judge = Judge(training.hvae, features, real, settings.num_samples)
-    quick = Judge(training.hvae, features, real, settings.num_samples // 2)
+    judge = Judge(training.hvae, features, real)
     long_run = LongRun(
         training,
         training.step,
@@ -268,7 +270,7 @@ def run(options: argparse.Namespace, arguments: list[str] | None) -> None:
         identity={name: getattr(options, name) for name in NAMES} | asdict(settings),
         checkpoint=path(options, "pt"),
         read=training.read,
-        look=lambda: look(quick, training.num_steps / settings.steps, settings.num_rounds // 5),
+        look=lambda: look(judge, settings, training.num_steps),
         num_looks=NUM_LOOKS,
         tensorboard=path(options, "tensorboard") if options.tensorboard else None,
     )
@@ -277,33 +279,33 @@ def run(options: argparse.Namespace, arguments: list[str] | None) -> None:
     long_run.train()
 
     start = time.perf_counter()
-    samples = {
-        "prior": judge.prior(),
-        "posterior": judge.posterior(),
-        "limiting": judge.limiting(settings.num_rounds),
+    laws = {
+        "prior": judge.prior(settings.num_samples),
+        "posterior": judge.posterior(settings.num_samples),
+        "limiting": judge.limiting(settings.num_samples, settings.num_rounds),
     }
-    told = figures(judge, samples, settings.num_draws)
-    seconds = {"training": long_run.seconds, "evaluation": time.perf_counter() - start}
+    told = figures(judge, laws, settings)
+    for name, value in told.items():
+        print(f"{name:50} {value:10.3f}")
+    told |= judge.consistency(settings.num_quick, settings.num_rounds)
     write_record(
         path(options, "json"),
         "mnist_hvae.py",
         settings=long_run.identity,
         figures=told,
-        seconds=seconds,
+        seconds={"training": long_run.seconds, "evaluation": time.perf_counter() - start},
         device=options.device,
         history=long_run.history,
         arguments=arguments,
     )
-    for name, value in told.items():
-        print(f"{name:50} {value:10.3f}")
-    for name, value in seconds.items():
-        print(f"seconds/{name:42} {value:10.1f}")
-    shown = {}
-    for law, distance in zip(("prior", "limiting"), told.values(), strict=False):
-        gray = judge.probabilities(samples[law])[:NUM_SHOWN].unflatten(-1, [images.side] * 2)
-        shown[f"{options.method}, {law} {distance:.1f}"] = gray.cpu()
-    picture_images(options, shown)
-    picture_latents(options, samples)
+    rows = {}
+    for law, label in (("prior", "decoder"), ("limiting", "limiting")):
+        distance = told[f"frechet[{features.name}]/{label}"]
+        gray = judge.probabilities(laws[law])[:NUM_SHOWN].unflatten(-1, [images.side] * 2)
+        rows[f"{options.method}, {label} {distance:.1f}"] = gray.cpu()
+    picture_images(options, rows)
+    picture_latents(options, laws)
+    print(f"The figures are in {path(options, 'json')}, with pictures beside it.")
 
 
 def main(arguments: list[str] | None = None) -> None:

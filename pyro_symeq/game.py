@@ -12,11 +12,12 @@ equilibrium is a point from which nobody gains by moving alone,
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import pyro
 import torch
 from pyro.infer.util import is_validation_enabled
 from pyro.optim import PyroOptim
@@ -243,6 +244,11 @@ class Game:
         self._frozen.difference_update(names)
 
     @property
+    def learners(self) -> tuple[str, ...]:
+        """The names of the players who have a utility."""
+        return self._learners
+
+    @property
     def frozen(self) -> frozenset[str]:
         """The names of the players that rest."""
         return frozenset(self._frozen)
@@ -298,6 +304,37 @@ class Game:
         with torch.no_grad(), buffers_kept():
             self._set_loaded(call, needed=self._learners)
             return self._loss(self._utilities(call, self._learners))
+
+    def evaluate(self, player: str, *args: Any, **kwargs: Any) -> float:
+        """Estimates the utility of one player (nats); nothing moves, buffers neither."""
+        call = (args, kwargs)
+        with torch.no_grad(), buffers_kept():
+            self._set_loaded(call, needed={player})
+            return self._utilities(call, {player})[player].item()
+
+    @torch.enable_grad()
+    def respond(self, player: str, *args: Any, **kwargs: Any) -> None:
+        """Moves one player once, whatever the schedule says."""
+        call = (args, kwargs)
+        others = set(self._learners) - {player}
+        self._set_loaded(call, needed={player} | others)
+        self._check_learnable(call, {player}, others)
+        self._move([(player,)], lambda name: ascent(partial(self._score, name), call))
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Lets all end as it was: parameters, optimisers, buffers, random states, the store."""
+        looked, store = set(self._looked), pyro.get_param_store()
+        names = set(store.keys())
+        with aside(), ExitStack() as stack:
+            for strategy in self._strategies.values():
+                stack.enter_context(strategy.undone())
+            try:
+                yield
+            finally:
+                self._looked = looked
+                for name in set(store.keys()) - names:
+                    del store[name]
 
     def state_dict(self) -> State:
         """Copies all that a training needs to go on as if it had never stopped.

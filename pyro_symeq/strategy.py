@@ -66,10 +66,8 @@ class Strategy:
             found_inf: A number on their device; fused optimisers stay where they are if it's 1.
         """
         by_leaf = dict(zip(parameters.values(), gradients, strict=True))  # names may share one
-        if self._before is not None:
-            for leaf in by_leaf:
-                if leaf not in self._before:
-                    self._before[leaf] = leaf.detach().clone(), self._memory(leaf)
+        for leaf in by_leaf:
+            self._note(leaf)
         try:
             for leaf, gradient in by_leaf.items():
                 leaf.grad = gradient
@@ -89,17 +87,37 @@ class Strategy:
         try:
             yield
         except BaseException:
-            for leaf, (value, memory) in self._before.items():
-                leaf.detach().copy_(value)
-                if memory is None:
-                    self.optim.optim_objs.pop(leaf, None)
-                else:
-                    optimizer = torch_optimizer(self.optim.optim_objs[leaf])
-                    optimizer.state[leaf] = memory["state"]
-                    optimizer.param_groups[0].update(memory["settings"])
+            self._take_back()
             raise
         finally:
             self._before = None
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Takes moves back at the end, and forgets parameters that have come up."""
+        parameters, pending = dict(self.parameters), copy.deepcopy(self.pending)
+        self._before = {}
+        try:
+            yield
+        finally:
+            self._take_back()
+            self._before = None
+            self.parameters, self.pending = parameters, pending
+
+    def _note(self, leaf: Tensor) -> None:
+        """Keeps what a parameter is before it first moves, if moves may be taken back."""
+        if self._before is not None and leaf not in self._before:
+            self._before[leaf] = leaf.detach().clone(), self._memory(leaf)
+
+    def _take_back(self) -> None:
+        for leaf, (value, memory) in (self._before or {}).items():
+            leaf.detach().copy_(value)
+            if memory is None:
+                self.optim.optim_objs.pop(leaf, None)
+            else:
+                optimizer = torch_optimizer(self.optim.optim_objs[leaf])
+                optimizer.state[leaf] = memory["state"]
+                optimizer.param_groups[0].update(memory["settings"])
 
     def _memory(self, leaf: Tensor) -> State | None:
         """What the optimiser of a parameter remembers: its averages, and its settings by now."""
@@ -162,6 +180,7 @@ class Strategy:
                 f"The loaded value of parameter '{name}' of the {self.name} has shape "
                 f"{tuple(value.shape)}; expected {tuple(leaf.shape)}."
             )
+        self._note(leaf)
         with torch.no_grad():
             leaf.copy_(value)
         self.optim.optim_objs.pop(leaf, None)

@@ -2,6 +2,7 @@
 
 from pyro_symeq.metrics.consistency import consistency
 from pyro_symeq.metrics.estimate import Estimate
+from pyro_symeq.metrics.exploitability import exploitability
 from pyro_symeq.metrics.frechet import Features, FrechetDistance, frechet_distance, inception
 from pyro_symeq.metrics.likelihood import LogLikelihood, log_likelihood
 from pyro_symeq.metrics.mutual_information import information
@@ -13,6 +14,7 @@ __all__ = [
     "FrechetDistance",
     "LogLikelihood",
     "consistency",
+    "exploitability",
     "frechet_distance",
     "inception",
     "information",

@@ -1,0 +1,165 @@
+"""The paper's hierarchical VAE: its programs, all ways to learn it, and what a run leaves."""
+
+import json
+import sys
+
+import pytest
+import torch
+from pyro import poutine
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from tests.comparison import same
+from tests.processes import EXAMPLES, run_example
+
+sys.path.append(str(EXAMPLES))
+
+import mnist_hvae  # noqa: E402
+from features import feature_space  # noqa: E402
+from hvae import DEEP, FACTORISATIONS, STYLES, Size  # noqa: E402
+from judge import Judge  # noqa: E402
+from mnist_hvae import NAMES, PRESETS, Training, parse  # noqa: E402
+
+SMALL = Size(width=16, num_channels=2)
+WAYS = [("game", "ladder"), ("game", "reverse"), ("elbo", "ladder"), ("rws", "reverse")]
+each_way = pytest.mark.parametrize(("method", "factorisation"), WAYS)
+
+
+def make(factorisation, style="silu", size=SMALL, side=8):
+    return FACTORISATIONS[factorisation](side, size, STYLES[style])
+
+
+def negative_log_prob(logits, bits):
+    return binary_cross_entropy_with_logits(logits, bits, reduction="none").sum(-1)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_ladder_adds_to_the_logits_of_the_decoder(style):
+    hvae = make("ladder", style)
+    x = torch.rand(7, 64).round()
+    q = poutine.trace(hvae.guide).get_trace(x)
+    p = poutine.trace(poutine.replay(hvae.model, q)).get_trace(x)
+    z0, z1 = (q.nodes[name]["value"] for name in ("z0", "z1"))
+    z0_logits, f = hvae.encoder(x).split([30, 100], -1)
+    z1_logits = hvae.decoder.units(z0)
+    assert torch.allclose(
+        -q.log_prob_sum(),
+        (negative_log_prob(z0_logits, z0) + negative_log_prob(z1_logits + f, z1)).sum(),
+    )
+    of_x = negative_log_prob(hvae.decoder.pixels(z1), x)
+    of_z = negative_log_prob(torch.zeros_like(z0), z0) + negative_log_prob(z1_logits, z1)
+    assert torch.allclose(-p.log_prob_sum(), (of_x + of_z).sum())
+
+
+def test_the_reverse_encoder_goes_up():
+    hvae = make("reverse")
+    q = poutine.trace(hvae.guide).get_trace(torch.rand(7, 64).round())
+    assert list(q.stochastic_nodes) == ["images", "z1", "z0"]
+    assert torch.equal(q.nodes["z0"]["fn"].base_dist.logits, hvae.top(q.nodes["z1"]["value"]))
+
+
+@pytest.mark.parametrize("factorisation", FACTORISATIONS)
+def test_networks_of_the_size_of_the_paper(factorisation):
+    hvae = make(factorisation, size=DEEP, side=28)
+    encoder, decoder = (
+        sum(parameter.numel() for parameter in player.parameters())
+        for player in (hvae.encoder, hvae.decoder)
+    )
+    assert round(encoder / 1e6, 1) == 2.2
+    assert round(decoder / 1e6, 1) == 0.8
+    assert hvae.decoder.pixels(torch.zeros(3, 2, 100)).shape == (3, 2, 784)
+
+
+def test_outputs_have_unit_variance_at_the_start():
+    hvae = FACTORISATIONS["ladder"](28, Size(256, 16), STYLES["silu"])
+    logits = hvae.decoder.units(torch.rand(500, 30).round())
+    # SiLU makes 0.36 of the mean square of a standard normal, and a layer keeps it
+    assert logits.var().item() == pytest.approx(0.36, rel=0.3)
+
+
+def training(method, factorisation, *others):
+    names = ["--method", method, "--factorisation", factorisation, "--device", "cpu", *others]
+    torch.manual_seed(5)
+    return Training(torch.rand(50, 64).round(), parse(names), PRESETS["smoke"])
+
+
+@each_way
+def test_a_training_goes_on_exactly(method, factorisation):
+    whole = training(method, factorisation)
+    for _ in range(9):
+        whole.step()
+    expected = whole.state_dict()
+    stopped = training(method, factorisation)
+    for _ in range(5):
+        stopped.step()
+    state = stopped.state_dict()
+    resumed = training(method, factorisation, "--seed", "1")
+    resumed.load_state_dict(state)
+    for _ in range(4):
+        resumed.step()
+    assert resumed.num_steps == 9
+    assert same(resumed.state_dict(), expected)
+
+
+def test_methods_start_from_the_same_parameters():
+    game, elbo = (training(method, "ladder").hvae.state_dict() for method in ("game", "elbo"))
+    assert same(game, elbo)
+
+
+def judge():
+    hvae = make("ladder")
+    x = torch.rand(60, 64).round()
+    return Judge(hvae, feature_space("digits", x), x)
+
+
+def test_the_judge_compares_the_most_probable_images(monkeypatch):
+    asked = judge()
+    monkeypatch.setattr(asked, "probabilities", lambda latents: 0.6 * asked.x + 0.2)
+    distances = asked.distances(decoder={}, limiting={})
+    assert list(distances) == ["frechet[digits-cnn]/decoder", "frechet[digits-cnn]/limiting"]
+    assert max(distances.values()) < 1e-3
+
+
+def test_all_laws_of_latents():
+    asked = judge()
+    for latents in (asked.prior(30), asked.posterior(30), asked.limiting(30, num_rounds=2)):
+        assert {name: value.shape for name, value in latents.items()} == {
+            "z0": (30, 30),
+            "z1": (30, 100),
+        }
+
+
+def test_runs_leave_figures_and_pictures(tmp_path):
+    options = ["--data", "digits", "--preset", "smoke", "--steps", "20", "--out", str(tmp_path)]
+    mnist_hvae.main([*options, "--device", "cpu", "--method", "elbo"])
+    result = run_example("mnist_hvae.py", *options)  # as a user runs it
+    assert result.returncode == 0, result.stderr
+    stem = "digits-ladder-silu-game-smoke-0"
+    record = json.loads((tmp_path / f"{stem}.json").read_text())
+    figures = {
+        "frechet[digits-cnn]/decoder",
+        "frechet[digits-cnn]/limiting",
+        "frechet[digits-cnn]/floor",
+        "limiting / decoder",
+        "bits/z0",
+        "bits/z1",
+        "log-likelihood/5 draws",
+        "log-likelihood/5 draws, standard error",
+    }
+    assert figures <= record["figures"].keys()
+    assert all(figure in result.stdout for figure in figures)
+    accuracy = record["figures"]["consistency/z1/prior, limiting/accuracy[z1]"]
+    assert 0 <= accuracy <= 1
+    assert record["settings"].keys() >= {*NAMES, "steps", "size"}
+    assert [moment["step"] for moment in record["history"]] == list(range(2, 21, 2))
+    for moment in record["history"]:
+        assert ("frechet[digits-cnn]/limiting" in moment) == (moment["step"] > 15)
+    images = torch.load(tmp_path / f"{stem}.images.pt", weights_only=True)
+    assert all(label.startswith("game, ") for label in images)
+    for picture in ("digits-ladder-silu-methods-smoke-0.png", f"{stem}.latents.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_reweighted_wake_sleep_shares_no_parameters(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--method", "rws"])
+    assert "rws needs --factorisation reverse" in capsys.readouterr().err
