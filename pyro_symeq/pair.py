@@ -113,8 +113,16 @@ class Pair:
         with aside(), torch.no_grad():
             return self._fitting(inform, play, call)
 
-    def propose(self, play: Play, call: Call) -> Proposals:
-        """A draw of the guide at the data, with its importance weight; without a graph."""
+    def propose(
+        self, play: Play, call: Call, values: Mapping[str, Tensor] | None = None
+    ) -> Proposals:
+        """Draws of the guide at the data, with their importance weights; without a graph.
+
+        Args:
+            play: The play.
+            call: What both programs take.
+            values: Values that take the place of draws.
+        """
 
         def propose(_: Play, pattern: Pattern, call: Call) -> Proposals:
             if pattern.lacks_data:
@@ -123,7 +131,8 @@ class Pair:
                     f"{sorted(pattern.missing)} too."
                 )
             given, rows = self._given(pattern, call)
-            completion = passes.fill_in(self.guide, call, given, rows)
+            guide = self.draws.in_proposals(self.guide)
+            completion = passes.fill_in(guide, call, given, {**rows, **(values or {})})
             return self._proposals(pattern, call, given, completion)
 
         with torch.no_grad():

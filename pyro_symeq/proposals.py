@@ -42,9 +42,13 @@ class Proposals:
         """The dimensions of the plates that all sites share."""
         return set.intersection(*map(_plate_dims, (*self.numerator, *self.denominator)))
 
+    def log_ratios(self, dims: set[int]) -> Tensor:
+        """The logarithms of the weights, by row of some plates and draw."""
+        return _sum(self.numerator, dims) - _sum(self.denominator, dims)
+
     def log_weights(self, dims: set[int]) -> list[Tensor]:
         """The logarithm of each draw's weight, by row of some plates."""
-        log_w = _sum(self.numerator, dims) - _sum(self.denominator, dims)
+        log_w = self.log_ratios(dims)
         if self.dim is None:
             return [log_w]
         return [_last(log, -min(dims - {self.dim}, default=0)) for log in log_w.unbind(self.dim)]

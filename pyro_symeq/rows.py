@@ -18,6 +18,11 @@ from pyro_symeq.passes import Observations
 from pyro_symeq.provenance import CASTS, take
 from pyro_symeq.tracing import Record, Site
 
+NO_ROWS = (
+    "Expected all variables and factors of model and guide in one vectorised plate, whose rows "
+    "are those of the data. Put pyro.plate around them."
+)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -76,6 +81,18 @@ def shared_rows(traces: Iterable[Record]) -> Rows | None:
     ]
     shared = set.intersection(*plates)
     return Rows(*min(shared)) if shared else None
+
+
+def required_rows(traces: Iterable[Record]) -> Rows:
+    """The outermost vectorised plate around all random variables of all traces.
+
+    Raises:
+        ValueError: There is none.
+    """
+    rows = shared_rows(traces)
+    if rows is None:
+        raise ValueError(NO_ROWS)
+    return rows
 
 
 def variable(site: Site, rows: Rows | None) -> Variable:

@@ -214,7 +214,7 @@ def test_no_rows():
     def encoder(x):
         pyro.sample("z", dist.Normal(x.mean(), 1.0))
 
-    with pytest.raises(ValueError, match="in one vectorised plate: the consistency is that"):
+    with pytest.raises(ValueError, match="in one vectorised plate, whose rows"):
         consistency(whole, encoder, torch.randn(30), num_steps=2)
 
 

@@ -162,6 +162,7 @@ PAGES = [
     "collapse.md",
     "cost.md",
     "games.md",
+    "metrics.md",
     "sampling.md",
 ]
 

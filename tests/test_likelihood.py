@@ -154,17 +154,51 @@ def test_parts_of_rows_add_up():
     torch.testing.assert_close(found.values, EXACT + EXACT.flip(0))
 
 
-def test_memory_is_bounded():
+def single(x):
+    """A model that can't have draws along a plate of their own."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        assert z.dim() == 1
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def mixing(x):
+    """A model whose draws along a plate are not as each alone."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z if z.dim() == 1 else z.flip(0), 1.0), obs=x)
+
+
+@pytest.mark.parametrize("program", [model, single, mixing])
+@pytest.mark.parametrize("at_once", [5, 21, 50])
+def test_memory_is_bounded(program, at_once):
+    """But for three looks at the whole batch: a dream, and what laws its rows have."""
+    sizes = []
+
+    def watched(x):
+        program(x)
+        sizes.append(len(x))
+
+    def encoder(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+            sizes.append(z.numel())
+
+    assert_exact(log_likelihood(watched, encoder, X, num_draws=20, at_once=at_once))
+    assert sum(size > at_once for size in sizes) == (3 if at_once < 7 else 0)
+    assert max(sizes) > at_once / 2
+
+
+def test_networks_see_a_row_once():
+    """The guide's network need not run for each draw, where programs broadcast."""
     sizes = []
 
     def watched(x):
         sizes.append(len(x))
-        model(x)
+        posterior(x)
 
-    log_likelihood(watched, guide, X, num_draws=20, at_once=21)
-    sizes.remove(7)  # the whole batch, to look
-    sizes.remove(7)  # and to compare with
-    assert max(sizes) == 21
+    assert_exact(log_likelihood(model, watched, X, num_draws=100, at_once=1000))
+    assert max(sizes) == 14  # two copies, to see whether that can be done
 
 
 def test_rows_that_depend_on_each_other_run_together():

@@ -25,7 +25,7 @@ from pyro_symeq.limiting import LimitingDistribution
 from pyro_symeq.metrics.frechet import Features, frechet_distance
 from pyro_symeq.metrics.two_samples import two_sample_accuracy
 from pyro_symeq.rehearsal import Bind, buffers_kept
-from pyro_symeq.rows import Rows, shaped, shared_rows, variable
+from pyro_symeq.rows import Rows, required_rows, shaped, variable
 from pyro_symeq.tracing import Site
 
 __all__ = ["consistency"]
@@ -94,12 +94,7 @@ def consistency(
     with torch.no_grad(), buffers_kept():
         dream, twin = (passes.dream(model, call) for _ in range(2))
         guided = passes.fill_in(guide, call, {})
-    rows = shared_rows([dream.trace, guided])
-    if rows is None:
-        raise ValueError(
-            "Expected all variables of model and guide in one vectorised plate: the consistency "
-            "is that of its rows. Put pyro.plate around them."
-        )
+    rows = required_rows([dream.trace, guided])
     data = {name: seen.value for name, seen in dream.observed.items()}
     if unknown := sorted(features.keys() - data.keys()):
         raise ValueError(f"features= names {unknown}; the batch holds {sorted(data)}.")

@@ -16,6 +16,7 @@ trust the first, the effective number of draws tells,
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,17 +27,16 @@ from pyro_symeq.binding import Call, Program
 from pyro_symeq.checks import check_count
 from pyro_symeq.metrics.estimate import Estimate
 from pyro_symeq.passes import Run
-from pyro_symeq.rehearsal import Bind, buffers_kept
-from pyro_symeq.rows import Rows, shared_rows
+from pyro_symeq.proposals import Proposals
+from pyro_symeq.rehearsal import Bind, aside, buffers_kept
+from pyro_symeq.rows import NO_ROWS, Rows, alike, required_rows
 from pyro_symeq.selection import selection
 from pyro_symeq.utility import SymmetricUtility
 
 __all__ = ["LogLikelihood", "log_likelihood"]
 
-NO_ROWS = (
-    "Expected all latents, data and factors of model and guide in one vectorised plate, whose "
-    "rows are those of the data: the likelihood is one of each row. Put pyro.plate around them."
-)
+Draw = Callable[[Tensor], Tensor]  # log-weights by draw and row, of the numbers of rows
+Propose = Callable[..., Proposals]  # of a call, and of values in the place of draws
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,11 @@ def log_likelihood(
     observed in part, that of what is observed. Scales (``poutine.scale``) don't count. Buffers of
     modules end as they were.
 
-    The programs run on rows of the batch, each copied for its draws, ``at_once`` rows at a time:
-    those of tensors that hold data, and of others that have an element for each row along their
-    first dimension. Where they can't, or treat rows unlike when there are other ones, they run
-    ``num_draws`` times on the whole batch.
+    The programs run on some rows of the batch at a time: those of tensors that hold data, and of
+    others that have an element for each row along their first dimension. Draws for a row are made
+    at once along an outermost plate, if the programs broadcast, or else for copies of the row.
+    Where programs treat rows unlike when there are other ones, or run on the whole batch alone,
+    they run on that.
 
     Args:
         model: The decoder's program.
@@ -113,7 +114,7 @@ def log_likelihood(
         args: What both take, with all variables in a vectorised plate whose rows are those of the
             data.
         num_draws: The number of draws :math:`K` for each row.
-        at_once: The number of rows in a run, which bounds the memory.
+        at_once: The number of draws in a run, of all rows together, which bounds the memory.
         bind: How dreams are handed to the guide, see :class:`~pyro_symeq.SymmetricUtility`.
         kwargs: More of what both programs take.
 
@@ -143,20 +144,39 @@ def log_likelihood(
     """
     check_count("num_draws", num_draws, at_least=1)
     check_count("at_once", at_once, at_least=1)
-    call = args, kwargs
     with torch.no_grad(), buffers_kept():
-        dream = passes.dream(model, call, followed=True)
-        rows = _rows(dream)
-        select = selection(model, guide, call, dream, rows, at_once)
-        weigh = _weigher(model, guide, bind, rows)
-        if select is None:
-            return LogLikelihood.of(torch.stack([weigh(call) for _ in range(num_draws)]))
-        total = num_draws * rows.size
-        chunks = (
-            torch.arange(start, min(start + at_once, total)) for start in range(0, total, at_once)
-        )
-        log_w = torch.cat([weigh(select(chunk % rows.size)) for chunk in chunks])
-        return LogLikelihood.of(log_w.unflatten(0, (num_draws, rows.size)))
+        draw, num_rows, size = _plan(model, guide, bind, (args, kwargs), num_draws, at_once)
+        log_w = []
+        for index in torch.arange(num_rows).split(size):
+            first = draw(index)
+            others = [draw(index) for _ in range(math.ceil(num_draws / len(first)) - 1)]
+            log_w.append(torch.cat([first, *others])[:num_draws])
+    return LogLikelihood.of(torch.cat(log_w, 1))
+
+
+def _plan(
+    model: Program, guide: Program, bind: Bind | None, call: Call, num_draws: int, at_once: int
+) -> tuple[Draw, int, int]:
+    """Finds out how to draw weights, for how many rows in all, and for how many at a time."""
+    dream = passes.dream(model, call, followed=True)
+    rows = _rows(dream)
+    select = selection(model, guide, call, dream, rows, at_once)
+    size = rows.size if select is None else min(max(at_once // num_draws, 1), rows.size)
+    copies = min(max(at_once // size, 1), num_draws)
+    one, several = (_proposer(model, guide, bind, n) for n in (1, copies))
+
+    def some(index: Tensor) -> Call:
+        return call if select is None else select(index)
+
+    def broadcast(index: Tensor) -> Tensor:
+        return _log_weights(several(some(index)), rows)
+
+    def copied(index: Tensor) -> Tensor:
+        num = 1 if select is None else copies
+        return _log_weights(one(some(index.repeat(num))), rows).reshape(num, -1)
+
+    is_broadcast = copies > 1 and _can_broadcast(one, several, some(torch.arange(size)), rows)
+    return broadcast if is_broadcast else copied, rows.size, size
 
 
 def _rows(dream: Run) -> Rows:
@@ -172,24 +192,37 @@ def _rows(dream: Run) -> Rows:
             "A plate leaves out rows, and the likelihood is one of each row. Pass fewer rows to "
             "plates without subsample_size=."
         )
-    rows = shared_rows([dream.trace])
-    if rows is None:
+    return required_rows([dream.trace])
+
+
+def _proposer(model: Program, guide: Program, bind: Bind | None, num_draws: int) -> Propose:
+    """Draws latents, several for each row along an outermost plate, with their weights."""
+    utility = SymmetricUtility(
+        bind=bind, num_proposals=num_draws, vectorize_particles=num_draws > 1
+    )
+    return partial(utility.pair(model, guide).propose, utility.stage(model, guide).play())
+
+
+def _log_weights(proposals: Proposals, rows: Rows) -> Tensor:
+    """The logarithms of weights by draw and row."""
+    if rows.dim not in proposals.plate_dims():
         raise ValueError(NO_ROWS)
-    return rows
+    if proposals.dim is None:
+        return proposals.log_ratios({rows.dim}).reshape(1, -1)
+    log_w = proposals.log_ratios({rows.dim, proposals.dim})
+    return log_w.reshape(len(log_w), -1)
 
 
-def _weigher(
-    model: Program, guide: Program, bind: Bind | None, rows: Rows
-) -> Callable[[Call], Tensor]:
-    """Draws the logarithm of a weight for each row of a call."""
-    utility = SymmetricUtility(bind=bind)
-    pair, play = utility.pair(model, guide), utility.stage(model, guide).play()
-
-    def weigh(call: Call) -> Tensor:
-        proposals = pair.propose(play, call)
-        if rows.dim not in proposals.plate_dims():
-            raise ValueError(NO_ROWS)
-        [log_w] = proposals.log_weights({rows.dim})
-        return log_w.flatten()
-
-    return weigh
+def _can_broadcast(one: Propose, several: Propose, call: Call, rows: Rows) -> bool:
+    """Whether draws along a plate have the weights that each of them has alone."""
+    with aside():
+        try:
+            proposals = several(call)
+            log_w = _log_weights(proposals, rows)
+            values = {n: proposals.values(n, s) for n, s in proposals.completion.variables.items()}
+            return all(
+                alike(_log_weights(one(call, {n: v[k] for n, v in values.items()}), rows)[0], x)
+                for k, x in ((0, log_w[0]), (-1, log_w[-1]))
+            )
+        except Exception:  # sizes or dimensions of the programs are fixed
+            return False
