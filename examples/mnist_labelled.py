@@ -281,8 +281,8 @@ def picture_images(path: Path, judge: Judge, draws: dict[str, Draws]) -> None:
     with torch.no_grad():
         probabilities = judge.vae.decoder.z1(style, judge.classes[: len(style)]).sigmoid()
     rows = {"style": judge.pixels((probabilities > 0.5).to(style))}
-    for law in (DECODER, GIVEN):
-        rows[law] = judge.pixels(draws[law]["z1"][: len(style)])
+    for label, law in {"decoder": DECODER, "limiting": GIVEN}.items():
+        rows[label] = judge.pixels(draws[law]["z1"][: len(style)])
     side = round(judge.x.shape[-1] ** 0.5)
     images = {
         f"{name} {number}": row

@@ -77,7 +77,7 @@ class Settings:
 
 
 PRESETS = {
-    "laptop": Settings(30_000),
+    "laptop": Settings(60_000),
     "smoke": Settings(4, batch_size=8, num_images=20, num_draws=10),
     "paper": Settings(500_000, num_proposals=10),
 }
