@@ -566,7 +566,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the program."""
     options = parse(arguments)
-    with ended_cleanly("implicit_prior.py", RunError, DataError):
+    with ended_cleanly("implicit_prior.py", RunError, DataError), pyro.validation_enabled(False):
         run(options)
 
 

@@ -74,6 +74,8 @@ class Settings:
         num_units: The number of bits of z1.
         width: The number of hidden units of a layer.
         num_channels: The number of channels of the decoder before its last convolution.
+        encoder_channels: The number of channels of the encoder after its first convolution.
+        encoder_layers: The number of hidden layers of the encoder after its convolutions.
         flips: The probability with which a pixel of a training image is flipped.
         num_samples: The number of images that are drawn for a distance.
         num_rounds: The number of rounds to the limiting distribution.
@@ -88,25 +90,25 @@ class Settings:
     num_units: int = 100
     width: int = 512
     num_channels: int = 16
+    encoder_channels: int = 16
+    encoder_layers: int = 2
     flips: float = 0.001
     num_samples: int = 5000
     num_rounds: int = 300
 
 
 PRESETS = {
-    "laptop": Settings(12_000),
+    "laptop": Settings(16_000, num_samples=2000),
     "paper": Settings(
         200_000,
         batch_size=1024,
         learning_rate=1e-3,
         width=1024,
         num_channels=64,
-        num_samples=10_000,
+        encoder_channels=32,
         num_rounds=1000,
     ),
-    "smoke": Settings(
-        8, 16, encoder_steps=2, width=32, num_channels=4, num_samples=200, num_rounds=3
-    ),
+    "smoke": Settings(8, 16, width=32, num_channels=4, num_samples=200, num_rounds=3),
 }
 
 
@@ -130,6 +132,8 @@ class Training:
             settings.num_units,
             settings.width,
             settings.num_channels,
+            settings.encoder_channels,
+            settings.encoder_layers,
         ).to(images.x.device)
         schedule = settings.steps, settings.learning_rate
         self.optims = cosine(*schedule), cosine(*schedule)
@@ -277,8 +281,8 @@ def picture_images(path: Path, judge: Judge, draws: dict[str, Draws]) -> None:
     with torch.no_grad():
         probabilities = judge.vae.decoder.z1(style, judge.classes[: len(style)]).sigmoid()
     rows = {"style": judge.pixels((probabilities > 0.5).to(style))}
-    for law in (DECODER, GIVEN):
-        rows[law] = judge.pixels(draws[law]["z1"][: len(style)])
+    for label, law in {"decoder": DECODER, "limiting": GIVEN}.items():
+        rows[label] = judge.pixels(draws[law]["z1"][: len(style)])
     side = round(judge.x.shape[-1] ** 0.5)
     images = {
         f"{name} {number}": row
@@ -333,7 +337,7 @@ def run(options: argparse.Namespace) -> None:
         identity=identity,
         checkpoint=path.with_suffix(".pt"),
         read=training.utilities,
-        look=lambda: look(judge, max(settings.num_rounds // 5, 1)),
+        look=lambda: look(judge, max(settings.num_rounds // 20, 1)),
         tensorboard=options.out / "tensorboard" / name if options.tensorboard else None,
     )
     if options.resume:
@@ -369,7 +373,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the program."""
     options = parse(arguments)
-    with ended_cleanly("mnist_labelled.py", DataError, RunError):
+    with ended_cleanly("mnist_labelled.py", DataError, RunError), pyro.validation_enabled(False):
         run(options)
 
 

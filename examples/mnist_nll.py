@@ -77,7 +77,7 @@ class Settings:
 
 
 PRESETS = {
-    "laptop": Settings(30_000),
+    "laptop": Settings(60_000),
     "smoke": Settings(4, batch_size=8, num_images=20, num_draws=10),
     "paper": Settings(500_000, num_proposals=10),
 }
@@ -329,7 +329,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the program."""
     options = parse(arguments)
-    with ended_cleanly("mnist_nll.py", RunError, DataError):
+    with ended_cleanly("mnist_nll.py", RunError, DataError), pyro.validation_enabled(False):
         run(options)
 
 

@@ -20,6 +20,8 @@ Networks see bits as -1 and +1, and a class with its one-hot vector scaled to we
 bits.
 """
 
+from itertools import pairwise
+
 import pyro
 import pyro.distributions as dist
 from torch import Tensor, cat, nn
@@ -93,12 +95,20 @@ class Encoder(nn.Module):
         width: The number of hidden units of a layer.
         num_channels: The number of channels of the first convolution; the second has twice as
             many.
+        num_layers: The number of hidden layers of that width.
     """
 
     def __init__(
-        self, side: int, num_styles: int, num_units: int, width: int, num_channels: int = 16
+        self,
+        side: int,
+        num_styles: int,
+        num_units: int,
+        width: int,
+        num_channels: int,
+        num_layers: int,
     ) -> None:
         super().__init__()
+        sizes = [2 * num_channels * (side // 4) ** 2, *[width] * num_layers]
         self.features = nn.Sequential(
             nn.Unflatten(1, (1, side, side)),
             _halving(1, num_channels),
@@ -106,9 +116,9 @@ class Encoder(nn.Module):
             _halving(num_channels, 2 * num_channels),
             nn.SiLU(),
             nn.Flatten(),
-            linear(2 * num_channels * (side // 4) ** 2, width),
-            nn.SiLU(),
         )
+        for num_inputs, num_outputs in pairwise(sizes):
+            self.features.extend([linear(num_inputs, num_outputs), nn.SiLU()])
         self.style = linear(width, num_styles)
         self.y = linear(width, NUM_CLASSES)
         self.z1 = linear(width, num_units)
@@ -128,15 +138,26 @@ class LadderVAE(nn.Module):
         num_units: The number of bits of z1.
         width: The number of hidden units of a layer.
         num_channels: The number of channels of the decoder, if it has convolutions.
+        encoder_channels: The number of channels of the encoder's first convolution.
+        encoder_layers: The number of hidden layers of that width in the encoder.
     """
 
     def __init__(
-        self, side: int, num_styles: int, num_units: int, width: int, num_channels: int | None
+        self,
+        side: int,
+        num_styles: int,
+        num_units: int,
+        width: int,
+        num_channels: int | None,
+        encoder_channels: int = 16,
+        encoder_layers: int = 1,
     ) -> None:
         super().__init__()
         self.num_styles = num_styles
         self.decoder = Decoder(side, num_styles, num_units, width, num_channels)
-        self.encoder = Encoder(side, num_styles, num_units, width)
+        self.encoder = Encoder(
+            side, num_styles, num_units, width, encoder_channels, encoder_layers
+        )
 
     def model(self, x: Tensor, y: Tensor | None = None) -> None:
         """The decoder's program.
