@@ -6,7 +6,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help venv demo bench robustness test lint types docs clean
+.PHONY: help venv demo bench robustness results test lint types docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 19
@@ -21,6 +21,9 @@ bench: venv  ## time a training step beside a loop by hand and Pyro's (options: 
 
 robustness: venv  ## tell which architectures learn, by which method (options: ARGS=--quick)
 	$(BIN)/python benchmarks/robustness.py $(ARGS)
+
+results: venv  ## write docs/results.md from the files of runs in docs/results
+	$(BIN)/python examples/results_page.py $(ARGS)
 
 test: lint types docs  ## all checks: lint, types, docs, then the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
