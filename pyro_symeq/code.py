@@ -5,6 +5,9 @@ batch. Each latent variable is dealt out alone: its largest value goes to the ro
 largest, and so on down. The scores are the means that the encoder gives to the variable,
 decorrelated in part over the rows, so that variables say different things. All depends on the row
 as much as it can, then, be the scores ever so small; and the values still are draws of the prior.
+
+Latents that are continuous have no code. An encoder that learns one gives them next to no variance,
+and the pair may diverge long after.
 """
 
 from collections.abc import Mapping
@@ -41,6 +44,11 @@ class hold:  # noqa: N801
             dim = self.rows.dim - msg["fn"].event_dim
             msg["value"] = value.narrow(dim, 0, 1).expand(value.shape)
             msg["done"] = True
+
+
+def is_dealt(law: Any) -> bool:
+    """Whether a latent with such a distribution has a code: whether it is discrete."""
+    return bool(independent_parts(law)[0].has_enumerate_support)
 
 
 def deal(values: Mapping[str, Tensor], laws: Mapping[str, Any], rows: Rows) -> dict[str, Tensor]:

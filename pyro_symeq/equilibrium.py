@@ -28,7 +28,7 @@ from pyro_symeq.loss import SymmetricLoss
 from pyro_symeq.rehearsal import Bind
 from pyro_symeq.strategy import State
 from pyro_symeq.utility import SymmetricUtility
-from pyro_symeq.warmup import CodeWarmup
+from pyro_symeq.warmup import CodeWarmup, may_have_collapsed, warn_if_collapsed
 
 __all__ = ["SymmetricEquilibrium"]
 
@@ -56,8 +56,8 @@ class SymmetricEquilibrium(Game):
         encoder_warmup: In how many first calls the encoder alone moves, on dreams of the untrained
             decoder.
         code_warmup: For how many calls the encoder learns a code for the data besides, if after 50
-            calls its latents, 8 or more, say hardly anything about them: less than 0.03 bits each
-            on average. Draws of the prior are dealt out to the rows in the order of the encoder's
+            calls its discrete latents, 8 or more, say hardly anything about them: less than 0.03
+            bits each on average. Draws of the prior are dealt out to the rows in the order of the encoder's
             own means, in every fourth call. They count in its gradient, not in its utility, and
             ever less: at the end, the game is what it was. With 0, there is no code.
         watch: After how many calls, each time, the loss has ``.information``; 0: never.
@@ -209,19 +209,19 @@ class SymmetricEquilibrium(Game):
 
     def _look(self, call: Call, loss: SymmetricLoss) -> None:
         """Looks at the information in the latents, where it is wanted or matters."""
-        is_watched = self.watch > 0 and self.num_steps % self.watch == 0
-        matters = self._code.looks(self.num_steps)
-        if not (is_watched or matters):
-            return
-        information = self._information(call)
-        if is_watched:
-            loss.information = information
-        if matters:
-            self._code.look(self.num_steps, information)
+        steps = self.num_steps
+        if self.watch > 0 and steps % self.watch == 0:
+            loss.information = self._information(call)
+        if self._code.may_begin(steps):
+            self._code.begin(steps, self._information(call, are_coded=True))
+        if may_have_collapsed(steps):
+            warn_if_collapsed(steps, self._information(call))
 
-    def _information(self, call: Call) -> dict[str, Tensor]:
+    def _information(self, call: Call, are_coded: bool = False) -> dict[str, Tensor]:
         pair, play = self.utility.pair(self.model, self.guide), self._stage.play()
-        found = (pair.information(play, batch.call, NUM_DRAWS) for batch in batches(call))
+        found = (
+            pair.information(play, batch.call, NUM_DRAWS, are_coded) for batch in batches(call)
+        )
         return next(filter(None, found), {})
 
     def _unrecorded(self) -> set[str]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_symeq import passes
 from pyro_symeq.binding import Call, Program, layout
-from pyro_symeq.code import deal, hold
+from pyro_symeq.code import deal, hold, is_dealt
 from pyro_symeq.draws import Draws
 from pyro_symeq.informing import in_latents
 from pyro_symeq.passes import Observation, Observations, Run
@@ -100,15 +100,26 @@ class Pair:
         completion, run = self._fitting(lambda _, *at: self._wake(*at), play, call)
         return completion, run.trace
 
-    def information(self, play: Play, call: Call, num_draws: int) -> dict[str, Tensor]:
-        """What each latent that the guide draws for a batch says about it (bits), by site."""
+    def information(
+        self, play: Play, call: Call, num_draws: int, are_coded: bool = False
+    ) -> dict[str, Tensor]:
+        """What each latent that the guide draws for a batch says about it (bits), by site.
+
+        Args:
+            play: The play.
+            call: The batch.
+            num_draws: How often the guide draws.
+            are_coded: Whether to look at latents that have a code alone.
+        """
 
         def inform(_: Play, pattern: Pattern, call: Call) -> dict[str, Tensor]:
             if pattern.lacks_data:
                 return {}
             given, rows = self._given(pattern, call)
             runs = [passes.fill_in(self.guide, call, given, rows) for _ in range(num_draws)]
-            return in_latents(runs, given)
+            found = in_latents(runs, given)
+            laws = {name: runs[0].variables[name]["fn"] for name in found}
+            return {n: x for n, x in found.items() if is_dealt(laws[n]) or not are_coded}
 
         with aside(), torch.no_grad():
             return self._fitting(inform, play, call)
@@ -219,6 +230,7 @@ class Pair:
             for name in passes.unobserved(trace, given)
             if name in values and name not in trace.split
         }
+        laws = {name: law for name, law in laws.items() if is_dealt(law)}
         return {name: Observation(value) for name, value in deal(values, laws, rows).items()}
 
     def _wake(self, pattern: Pattern, call: Call) -> tuple[Record, Run]:

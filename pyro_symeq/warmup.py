@@ -46,24 +46,30 @@ class CodeWarmup:
         since = steps - self.begun
         return 0.0 if since % PERIOD else PERIOD * max(0.0, 1 - since / self.num_steps)
 
-    def looks(self, steps: int) -> bool:
-        """Whether it matters after so many steps what the latents say."""
-        return steps == WARN_AFTER or (steps == BEGIN_AFTER and self.num_steps > 0)
+    def may_begin(self, steps: int) -> bool:
+        """Whether it matters after so many steps what the latents that have a code say."""
+        return steps == BEGIN_AFTER and self.num_steps > 0
 
-    def look(self, steps: int, information: Mapping[str, Tensor]) -> None:
-        """Begins, or warns of a collapse, if latents say too little.
-
-        Args:
-            steps: After how many steps.
-            information: What each latent says about a batch (bits), by site.
-        """
-        bits = torch.cat([torch.zeros(0), *(x.flatten().cpu() for x in information.values())])
-        if len(bits) < NUM_LATENTS:
-            return
-        if steps == BEGIN_AFTER and bits.mean() < BEGIN_BELOW:
+    def begin(self, steps: int, information: Mapping[str, Tensor]) -> None:
+        """Begins after so many steps, if these latents say too little about a batch (bits)."""
+        if _is_below(BEGIN_BELOW, information):
             self.begun = steps
-        if steps == WARN_AFTER and bits.mean() < WARN_BELOW:
-            _warn_of_collapse(steps, information)
+
+
+def may_have_collapsed(steps: int) -> bool:
+    """Whether it matters after so many steps what all latents say."""
+    return steps == WARN_AFTER
+
+
+def warn_if_collapsed(steps: int, information: Mapping[str, Tensor]) -> None:
+    """Warns after so many steps, if the latents say next to nothing about a batch (bits)."""
+    if _is_below(WARN_BELOW, information):
+        _warn_of_collapse(steps, information)
+
+
+def _is_below(mean: float, information: Mapping[str, Tensor]) -> bool:
+    bits = torch.cat([torch.zeros(0), *(x.flatten().cpu() for x in information.values())])
+    return len(bits) >= NUM_LATENTS and bool(bits.mean() < mean)
 
 
 def _warn_of_collapse(steps: int, information: Mapping[str, Tensor]) -> None:
