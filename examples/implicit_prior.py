@@ -492,6 +492,9 @@ def learn(
     if options.resume and (name == GAME or run.checkpoint.exists()):
         run.resume()
     run.train()
+    training.symeq.evaluate_loss(
+        training.x[:2]
+    )  # loaded values go to where they are first asked for
     return run
 
 

@@ -343,6 +343,9 @@ def run(options: argparse.Namespace) -> None:
     if options.resume:
         long_run.resume()
     long_run.train()
+    training.symeq.evaluate_loss(
+        images.x[:2], images.y[:2]
+    )  # loaded values go to where they are first asked for
 
     start = time.perf_counter()
     draws = {

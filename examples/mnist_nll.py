@@ -301,6 +301,9 @@ def run(options: argparse.Namespace) -> None:
     if options.resume:
         long_run.resume()
     long_run.train()
+    training.symeq.evaluate_loss(
+        data.batch(training.batch_size)
+    )  # loaded values go to where they are first asked for
 
     start = time.perf_counter()
     told = figures(training.likelihood(data.test, settings.num_draws))
