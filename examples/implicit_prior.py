@@ -492,9 +492,8 @@ def learn(
     if options.resume and (name == GAME or run.checkpoint.exists()):
         run.resume()
     run.train()
-    training.symeq.evaluate_loss(
-        training.x[:2]
-    )  # loaded values go to where they are first asked for
+    # Loaded values go to the networks when a step or a loss first asks for them.
+    training.symeq.evaluate_loss(training.x[:2])
     return run
 
 

@@ -343,9 +343,8 @@ def run(options: argparse.Namespace) -> None:
     if options.resume:
         long_run.resume()
     long_run.train()
-    training.symeq.evaluate_loss(
-        images.x[:2], images.y[:2]
-    )  # loaded values go to where they are first asked for
+    # Loaded values go to the networks when a step or a loss first asks for them.
+    training.symeq.evaluate_loss(images.x[:2], images.y[:2])
 
     start = time.perf_counter()
     draws = {

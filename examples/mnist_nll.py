@@ -301,9 +301,8 @@ def run(options: argparse.Namespace) -> None:
     if options.resume:
         long_run.resume()
     long_run.train()
-    training.symeq.evaluate_loss(
-        data.batch(training.batch_size)
-    )  # loaded values go to where they are first asked for
+    # Loaded values go to the networks when a step or a loss first asks for them.
+    training.symeq.evaluate_loss(data.batch(training.batch_size))
 
     start = time.perf_counter()
     told = figures(training.likelihood(data.test, settings.num_draws))
