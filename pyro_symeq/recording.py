@@ -258,7 +258,7 @@ def _is_rounded(x: Tensor, y: Tensor) -> bool:
     On a GPU they are in no certain order, and in half precision that lets draws fall otherwise.
     """
     is_half = y.dtype in HALVES or any(map(torch.is_autocast_enabled, KINDS))
-    x, y = (_strided(z).to(torch.float64).nan_to_num() for z in (x, y))
+    x, y = (_strided(z).to(torch.float64).nan_to_num(nan=torch.pi) for z in (x, y))
     return bool((x - y).norm() <= (0.1 if is_half else 1e-3) * y.norm() + 1e-5)
 
 
