@@ -7,8 +7,7 @@ ARGS ?=
 PINS ?=
 BIN := .venv/bin
 CHECK := build/check
-QUICK := readme main batch binding distributions equilibrium game likelihood limiting loader loss \
-    play utility
+QUICK := readme main batch binding distributions equilibrium game likelihood limiting loader loss play
 QUICK := pyro_symeq $(QUICK:%=tests/test_%.py)
 
 .PHONY: help venv demo bench robustness results test quick lint types docs dist check-dist clean
@@ -33,7 +32,7 @@ results: venv  ## write docs/results.md from the files of runs in docs/results
 test: lint types docs  ## all checks: lint, types, docs, then the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
-quick: venv  ## the tests of a minute or two: documentation, and what most changes break
+quick: venv  ## the tests of a minute: the examples of the reference, and what all else stands on
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS) $(QUICK)
 
 lint: venv  ## style and formatting
