@@ -57,7 +57,7 @@ check-dist: dist  ## install the wheel into an empty environment and run the qui
 	mkdir -p $(CHECK)
 	tar -xf dist/*.tar.gz -C $(CHECK) --strip-components=1
 	rm -r $(CHECK)/pyro_symeq $(CHECK)/pyro_symeq.egg-info
-	$(BIN)/python -m venv --without-pip $(CHECK)/.venv
+	$(PYTHON) -m venv --without-pip $(CHECK)/.venv
 	$(BIN)/python -m pip --python $(CHECK)/.venv/bin/python install dist/*.whl $(PINS)
 	cd $(CHECK) && .venv/bin/python -W error -m pyro_symeq
 	$(BIN)/python -m pip --python $(CHECK)/.venv/bin/python install "$$(echo dist/*.whl)[dev]" $(PINS)
