@@ -4,12 +4,16 @@
 
 PYTHON ?= python3
 ARGS ?=
+PINS ?=
 BIN := .venv/bin
+CHECK := build/check
+QUICK := readme main batch binding distributions equilibrium game likelihood limiting loader loss play
+QUICK := pyro_symeq $(QUICK:%=tests/test_%.py)
 
-.PHONY: help venv demo bench robustness results test lint types docs clean
+.PHONY: help venv demo bench robustness results test quick lint types docs dist check-dist clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 19
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 19
 
 venv: .venv/installed  ## create .venv and install the package with all it needs
 
@@ -28,6 +32,9 @@ results: venv  ## write docs/results.md from the files of runs in docs/results
 test: lint types docs  ## all checks: lint, types, docs, then the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
+quick: venv  ## the tests of a minute: the examples of the reference, and what all else stands on
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS) $(QUICK)
+
 lint: venv  ## style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,8 +45,27 @@ types: venv  ## static types
 docs: venv  ## the documentation, in docs/_build/html
 	$(BIN)/sphinx-build -E -a -W --keep-going -n -q docs docs/_build/html
 
+dist: venv  ## build the wheel and the source archive, in dist
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
+# The source archive gives the tests, and the wheel what is tested: first with what it requires, and
+# then with what the tests require. PINS are more packages for pip, such as torch==2.6.0.
+check-dist: dist  ## install the wheel into an empty environment and run the quick tests there
+	rm -rf $(CHECK)
+	mkdir -p $(CHECK)
+	tar -xf dist/*.tar.gz -C $(CHECK) --strip-components=1
+	rm -r $(CHECK)/pyro_symeq $(CHECK)/pyro_symeq.egg-info
+	$(PYTHON) -m venv --without-pip $(CHECK)/.venv
+	$(BIN)/python -m pip --python $(CHECK)/.venv/bin/python install dist/*.whl $(PINS)
+	cd $(CHECK) && .venv/bin/python -W error -m pyro_symeq
+	$(BIN)/python -m pip --python $(CHECK)/.venv/bin/python install "$$(echo dist/*.whl)[dev]" $(PINS)
+	cd $(CHECK) && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto $(ARGS) --pyargs $(QUICK)
+	rm -rf $(CHECK)
+
 clean:  ## remove all that was built, .venv too
-	rm -rf .venv build *.egg-info docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find pyro_symeq tests examples docs -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/installed: setup.cfg pyproject.toml | .venv/bin/pip

@@ -11,19 +11,18 @@ from pathlib import Path
 
 import pytest
 
+import pyro_symeq
+
 ROOT = Path(__file__).parent.parent
+PACKAGE = Path(pyro_symeq.__file__).parent
 HOLE = "…"  # stands on the page for what a message fills in
-
-
-def shown(file):
-    return str(file.relative_to(ROOT))
 
 
 class Source:
     """A source file, with a reader of the messages that are written in it."""
 
     def __init__(self, file):
-        self.name = shown(file)
+        self.name = str(file.relative_to(PACKAGE.parent))
         self.tree = ast.parse(file.read_text(encoding="utf-8"))
         functions = (n for n in ast.walk(self.tree) if isinstance(n, ast.FunctionDef))
         self.functions = {function.name: function for function in functions}
@@ -99,7 +98,7 @@ def is_public_error(name):
     return name[0].isupper() and name.endswith("Error")
 
 
-SOURCES = [Source(file) for file in sorted((ROOT / "pyro_symeq").rglob("*.py"))]
+SOURCES = [Source(file) for file in sorted(PACKAGE.rglob("*.py"))]
 CONSTANTS = {
     target.id: node.value
     for source in SOURCES
