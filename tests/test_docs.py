@@ -162,6 +162,7 @@ PAGES = [
     "collapse.md",
     "cost.md",
     "games.md",
+    "implicit_priors.md",
     "metrics.md",
     "sampling.md",
 ]
