@@ -42,7 +42,7 @@ lint: venv  ## style and formatting
 types: venv  ## static types
 	$(BIN)/mypy
 
-docs: venv  ## the documentation, in docs/_build/html
+docs: venv  ## the documentation, in docs/_build/html; executes its notebook
 	$(BIN)/sphinx-build -E -a -W --keep-going -n -q docs docs/_build/html
 
 dist: venv  ## build the wheel and the source archive, in dist

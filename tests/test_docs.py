@@ -161,6 +161,7 @@ PAGES = [
     "collapse.md",
     "cost.md",
     "games.md",
+    "implicit_priors.md",
     "metrics.md",
     "sampling.md",
 ]
