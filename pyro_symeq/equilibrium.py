@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from pyro.infer import ELBO
@@ -27,13 +27,11 @@ from pyro_symeq.binding import Call, Program
 from pyro_symeq.checks import check_count
 from pyro_symeq.game import Captures, Game, Own, Player
 from pyro_symeq.loss import SymmetricLoss
+from pyro_symeq.parallel import Group
 from pyro_symeq.rehearsal import Bind
 from pyro_symeq.strategy import State
 from pyro_symeq.utility import SymmetricUtility
 from pyro_symeq.warmup import CodeWarmup, may_have_collapsed, warn_if_collapsed
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["SymmetricEquilibrium"]
 
@@ -130,7 +128,7 @@ class SymmetricEquilibrium(Game):
         watch: int = 0,
         parameters: Mapping[str, Own] | None = None,
         capture: Captures = False,
-        process_group: "ProcessGroup | None" = None,
+        process_group: Group = None,
     ) -> None:
         if updates not in ("alternating", "simultaneous"):
             raise ValueError(f"Expected updates='alternating' or 'simultaneous', got {updates!r}.")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -29,14 +29,11 @@ from pyro_symeq.capture import Capture, Occasion
 from pyro_symeq.graphs import Rounds, StepGraphs
 from pyro_symeq.loss import GameLoss, loss_of
 from pyro_symeq.ownership import NOTHING_TO_LEARN, Parameters
-from pyro_symeq.parallel import Alone, Ranks
+from pyro_symeq.parallel import Alone, Group, Ranks
 from pyro_symeq.play import Ascent, Score, Stage, Utility, ascent, is_awaited
 from pyro_symeq.recording import CannotRecord
 from pyro_symeq.rehearsal import aside, buffers_kept
 from pyro_symeq.strategy import State, Strategy
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["Game", "Player"]
 
@@ -190,7 +187,7 @@ class Game:
         *,
         updates: Updates = "alternating",
         capture: Captures = False,
-        process_group: "ProcessGroup | None" = None,
+        process_group: Group = None,
     ) -> None:
         if capture not in (True, False, "compile"):
             raise ValueError(f"Expected capture=True, False or 'compile', got {capture!r}.")

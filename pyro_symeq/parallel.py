@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -31,6 +31,7 @@ from pyro_symeq.strategy import State, Strategy
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+Group: TypeAlias = "ProcessGroup | None"
 T = TypeVar("T")
 Place = tuple[Any, ...]  # what tells an exchange from others
 
