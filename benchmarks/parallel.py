@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torch.multiprocessing
 from torch import distributed
+from torch.multiprocessing.spawn import start_processes
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
@@ -44,7 +44,7 @@ NUM_EVALUATIONS = 20  # of the utilities on the held-out images
 def launch(num_ranks: int, work: Work[T]) -> T:
     """Runs a function on all ranks of a group, and returns what the first of them does."""
     with tempfile.TemporaryDirectory() as name:
-        torch.multiprocessing.start_processes(
+        start_processes(
             _run, (num_ranks, Path(name), work), nprocs=num_ranks, start_method="forkserver"
         )
         return torch.load(Path(name) / "result.pt", weights_only=True)

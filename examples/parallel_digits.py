@@ -1,8 +1,11 @@
 r"""Learns digits on several processes, each of which has a part of the images.
 
-Run ``torchrun --nproc-per-node 2 --max-restarts 3 examples/parallel_digits.py``. It is the training
-of ``digits.py``, shared out: with n ranks each draws an n-th part of a batch from its own images.
-Utilities and gradients are means over ranks, so that the pair learns as from the whole batch.
+It is the training of ``digits.py``, shared out: with n ranks each draws an n-th part of a batch from
+its own images. Utilities and gradients are means over ranks, so that the pair learns as from the
+whole batch. Run it with
+
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # or a restart may look for ranks that have died
+    torchrun --standalone --nproc-per-node 2 --max-restarts 3 examples/parallel_digits.py
 
 The first rank saves a checkpoint at times, and each start goes on from it. If a rank dies,
 ``torchrun`` ends the others; as long as there are restarts left, it starts all of them again.

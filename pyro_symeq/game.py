@@ -215,7 +215,7 @@ class Game:
         self.capture = capture
         self._capture = Capture(self._stage, capture == "compile") if capture else None
         self._ranks = Alone() if process_group is None else Ranks(process_group)
-        self._graphs = None if process_group else self._step_graphs()
+        self._graphs = self._step_graphs() if process_group is None else None
         self._ranks.seed(self.num_steps)
 
     def __repr__(self) -> str:
@@ -350,7 +350,8 @@ class Game:
         Returns:
             The unconstrained parameters and the optimiser states of all players by parameter name,
             who is frozen, the place in the schedule, and the states of the random number
-            generators of torch, numpy and Python. ``torch.load`` reads it with
+            generators of torch, numpy and Python. With a process group, one rank's state is
+            everyone's, and what tells the random numbers of all ranks. ``torch.load`` reads it with
             ``weights_only=True``. Buffers of modules (running averages, say) are not parameters:
             save them with the modules.
         """

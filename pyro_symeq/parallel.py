@@ -18,22 +18,23 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_map_only
 
 from pyro_symeq import randomness
 from pyro_symeq.play import Ascent
 from pyro_symeq.recording import headline
 from pyro_symeq.strategy import State, Strategy
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-Group: TypeAlias = "ProcessGroup | None"
+Group: TypeAlias = "torch.distributed.ProcessGroup | None"
 T = TypeVar("T")
 Place = tuple[Any, ...]  # what tells an exchange from others
+
+NEW: Place = ("new parameters or buffers",)
+UTILITY = ""  # no parameter has this name
 
 
 class Alone:
@@ -68,7 +69,7 @@ class Alone:
         return draw()
 
     def gathered(self, place: Place, compute: Callable[[], T]) -> list[T]:
-        """What each rank computes."""
+        """What each rank computes; of several ranks, on the host."""
         return [compute()]
 
     def seed(self, num_steps: int) -> None:
@@ -93,7 +94,7 @@ class Ranks(Alone):
         TypeError: It is no group, or this process isn't in it.
     """
 
-    def __init__(self, group: "ProcessGroup") -> None:
+    def __init__(self, group: "distributed.ProcessGroup") -> None:
         if not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
             raise TypeError(
                 "Expected process_group to be a torch.distributed.ProcessGroup that this process "
@@ -138,26 +139,27 @@ class Ranks(Alone):
             with self.working():
                 way = ascend()
         pairs = zip(way.parameters, way.gradients, strict=True)
-        gradients = {name: gradient for name, gradient in pairs if gradient is not None}
-        names = self._agreed(place, gradients, known)
-        own = [gradients[n] if n in gradients else torch.zeros_like(known[n]) for n in names]
-        utility, *means = self._exchanged([way.utility, *own], self._average)
-        by_name = dict(zip(names, means, strict=True))
-        parameters = way.parameters | {name: known[name] for name in names}
-        return Ascent(utility, parameters, [by_name.get(name) for name in parameters])
+        own = {name: gradient for name, gradient in pairs if gradient is not None}
+        own[UTILITY] = way.utility
+        names = self._agreed(place, own, {**known, UTILITY: way.utility})
+        parts = [own[n] if n in own else torch.zeros_like(known[n]) for n in names]
+        means = dict(zip(names, self._exchanged(parts, self._average), strict=True))
+        utility = means.pop(UTILITY)
+        parameters = way.parameters | {name: known[name] for name in means}
+        return Ascent(utility, parameters, [means.get(name) for name in parameters])
 
     def mean(  # noqa: D102
         self, place: Place, draw: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         with self.working():
             utilities = draw()
-        self._agreed(place, utilities, utilities)
-        means = self._exchanged(list(utilities.values()), self._average)
-        return dict(zip(utilities, means, strict=True))
+        names = self._agreed(place, utilities, utilities)
+        means = self._exchanged([utilities[name] for name in names], self._average)
+        return dict(zip(names, means, strict=True))
 
     def gathered(self, place: Place, compute: Callable[[], T]) -> list[T]:  # noqa: D102
         with self.working():
-            own = compute()
+            own = tree_map_only(Tensor, Tensor.cpu, compute())
         self._agreed(place, {}, {})
         return self._gather(own)
 
@@ -180,7 +182,7 @@ class Ranks(Alone):
         """
         new = {name: x for name, x in tensors.items() if x not in self._met}
         if new:
-            names = self._agreed(("new parameters and buffers",), new, new)
+            names = self._agreed(NEW, new, new)
             places = [new[name].detach() for name in names]
             values = self._exchanged(places, self._broadcast)
             for place, value in zip(places, values, strict=True):
@@ -286,7 +288,10 @@ def _check_errors(plans: Sequence[_Plan]) -> None:
 
 def _check_alike(plans: Sequence[_Plan]) -> None:
     if any(plan.place != plans[0].place for plan in plans):
-        places = {rank: plan.place for rank, plan in enumerate(plans)}
+        places = {
+            rank: (*plan.place, *plan.tensors) if plan.place == NEW else plan.place
+            for rank, plan in enumerate(plans)
+        }
         raise ValueError(
             f"The ranks of the process group do different things: {places}. Give all of them the "
             "same players and schedule, freeze the same players, and load the same state."
@@ -304,7 +309,7 @@ def _check_alike(plans: Sequence[_Plan]) -> None:
         )
 
 
-def _device_of(group: "ProcessGroup") -> torch.device:
+def _device_of(group: "distributed.ProcessGroup") -> torch.device:
     """Where ranks compare their plans: on the host if the group can, so that no device is awaited."""
     backends = distributed.get_backend_config(group).split(",")
     devices = [backend.split(":")[0] for backend in backends]

@@ -1,6 +1,5 @@
 """Tests on several processes of a group."""
 
-import os
 import tempfile
 from datetime import timedelta
 from multiprocessing import set_forkserver_preload
@@ -34,7 +33,6 @@ def launch(size, work, *args):
 
 
 def _run(rank, size, folder, work, args):
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     pyro.enable_validation()

@@ -274,11 +274,12 @@ def step_with_errors(rank):
     """Errors of one rank, in places of all kinds; then a step that does."""
     seen = {}
     ladder = fresh(rank)
-    program = {"fails": False}
+    program = {"fails": False, "spoils": False}
 
     def model(x):
         if program["fails"] and rank == 1:
             raise TypeError("no such luck")
+        pyro.factor("luck", torch.tensor(-torch.inf if program["spoils"] and rank == 1 else 0.0))
         ladder.model(x)
 
     symeq = SymmetricEquilibrium(model, ladder.guide, Adam({"lr": 0.03}), process_group=world())
@@ -291,10 +292,10 @@ def step_with_errors(rank):
     program["fails"] = True
     seen["program"] = told(lambda: symeq.step(x))
     program["fails"] = False
-    bad = x.clone()
-    bad[0, 0] = torch.nan if rank == 1 else 1.0
+    program["spoils"] = True
     with pyro.validation_enabled(False):
-        seen["nan"] = told(lambda: symeq.step(bad))
+        seen["infinite"] = told(lambda: symeq.step(x))
+    program["spoils"] = False
     if rank == 1:
         symeq.freeze("decoder")
     seen["frozen"] = told(lambda: symeq.step(x))
@@ -314,9 +315,12 @@ def test_an_error_of_one_rank_is_everyones():
         assert second[place] == (TypeError, "no such luck")
         assert first[place][0] is RuntimeError
         assert first[place][1] == "Rank 1 of the process group can't go on: no such luck"
-    assert first["nan"][0] is second["nan"][0] is ValueError
-    assert "Expected a finite utility of the decoder, got nan" in second["nan"][1]
-    assert "Rank 1 of the process group can't go on: Expected a finite utility" in first["nan"][1]
+    assert first["infinite"][0] is second["infinite"][0] is ValueError
+    assert "Expected a finite utility of the decoder, got -inf" in second["infinite"][1]
+    assert (
+        "Rank 1 of the process group can't go on: Expected a finite utility"
+        in first["infinite"][1]
+    )
     for seen in (first, second):
         kind, message = seen["frozen"]
         assert kind is ValueError
@@ -338,17 +342,18 @@ class Choice:
             [Player("p", self.program, SGD({"lr": 0.1}), self.utility)], process_group=world()
         )
 
-    def program(self, x, names, chosen):
+    def program(self, x, names, chosen, is_late=False):
         for name in names:
             pyro.module(name, self.networks[name])
+        if is_late:
+            pyro.param("late", torch.ones(()))
         with pyro.plate("rows", len(x)):
-            scale = sum(pyro.param(n, torch.ones(())) for n in names if n not in self.networks)
-            loc = self.networks[chosen](x) + scale
+            loc = self.networks[chosen](x)
             pyro.sample("y", dist.Normal(loc, 1.0).to_event(1), obs=torch.zeros_like(loc))
 
     @staticmethod
-    def utility(play, *args):
-        return play.log_prob("p", *args)
+    def utility(play, *args, **kwargs):
+        return play.log_prob("p", *args, **kwargs)
 
 
 def choose(rank):
@@ -366,7 +371,7 @@ def choose(rank):
     expected = {name: value / 2 for name, value in gradients(choice.networks).items()}
     choice.game.step(x, "ab", mine)
     moved = {n: (before[n] - x) / 0.1 for n, x in values(choice.networks).items()}
-    seen["late"] = told(lambda: choice.game.step(x, ["a", "b", "late"] if rank else "ab", mine))
+    seen["late"] = told(lambda: choice.game.step(x, "ab", mine, is_late=rank == 1))
     return seen, expected, moved, values(choice.networks)
 
 
@@ -381,7 +386,7 @@ def test_ranks_that_differ_in_parameters():
         assert "{0: 'torch.float64 (2, 2) on cpu', 1: 'torch.float64 (3, 2)" in seen["shapes"][1]
         assert "'a$$$bias of the p': {0: 'torch.float64 (2,)" in seen["names"][1]
         assert "1: 'nothing'}" in seen["names"][1]
-        assert "late" in seen["late"][1]
+        assert "1: ('new parameters or buffers', 'late')}" in seen["late"][1]
     (_, a, moved, after), (_, b, others, others_after) = results
     assert_close(moved, a | b)  # each network is one rank's, and the mean is half of its gradient
     assert same(moved, others)
