@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO
+from pyro.infer.elbo import ELBOModule
 from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -135,9 +136,9 @@ class SymmetricUtility(ELBO):
         self.supervise_encoder = supervise_encoder
         self._known: dict[tuple[Program, Program], tuple[Pair, Stage]] = {}
 
-    def __call__(self, model: Program, guide: Program) -> nn.Module:
+    def __call__(self, model: Program, guide: Program) -> ELBOModule:
         """A module whose output is the loss of a model and a guide."""
-        module: nn.Module = super().__call__(model, guide)  # type: ignore[arg-type]
+        module = super().__call__(model, guide)  # type: ignore[arg-type]
         owners = [module_of(program) for program in (model, guide)]
         methods_of = [owner for owner in owners if owner not in (None, model, guide)]
         module.methods_of = nn.ModuleList(dict.fromkeys(methods_of))

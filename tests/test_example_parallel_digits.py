@@ -74,7 +74,5 @@ def test_a_killed_rank_costs_no_more_than_the_steps_since_the_checkpoint(tmp_pat
         kill(1, launcher)  # there is no restart left
         output, _ = launcher.communicate(timeout=120)
         assert launcher.returncode != 0
-        assert re.search(
-            r"rank +: 1 \(local_rank: 1\)\s+exitcode +: -9 ", output
-        )  # torchrun's words
+        assert re.search(r"rank +: 1 \(local_rank: 1\)\s+exitcode +: -9 ", output)
         assert steps_in(file) >= saved
