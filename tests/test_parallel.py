@@ -137,7 +137,8 @@ class Training:
         self.ladder = fresh(seed)
         self.norm = nn.BatchNorm1d(3)
         nn.init.normal_(self.norm.running_mean)
-        self.fixed = nn.Linear(3, 3)
+        self.fixed = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3).eval())
+        nn.init.normal_(self.fixed[1].running_mean)
         self.dreams = []
         self.symeq = SymmetricEquilibrium(
             self.model,
@@ -178,15 +179,18 @@ def pyro_parameters():
 def train(rank, num_ranks, options):
     training = Training(rank, num_ranks, **options)
     own = numbers()
-    buffers, fixed = training.norm.running_mean.clone(), None
-    training.run(1)
-    fixed = training.fixed.weight.detach().clone()
-    first = training.norm.running_mean.clone()
-    learned = training.run(4)
+    before = training.norm.running_mean.clone()
+    learned = training.run(5)
     state = training.symeq.state_dict()
     return {
-        "alike": (learned, fixed, training.loss.utilities, state["players"], state["num_steps"]),
-        "own": (own, numbers(), training.dreams[-1], buffers, first),
+        "alike": (
+            learned,
+            training.fixed.state_dict(),
+            training.loss.utilities,
+            state["players"],
+            state["num_steps"],
+        ),
+        "own": (own, numbers(), training.dreams[-1], before, training.norm.running_mean),
     }
 
 
@@ -348,8 +352,13 @@ class Choice:
         if is_late:
             pyro.param("late", torch.ones(()))
         with pyro.plate("rows", len(x)):
-            loc = self.networks[chosen](x)
+            loc = self.networks[chosen](x) + self.shift
             pyro.sample("y", dist.Normal(loc, 1.0).to_event(1), obs=torch.zeros_like(loc))
+
+    @property
+    def shift(self):
+        """Of another type than the other parameters."""
+        return pyro.param("shift", torch.zeros((), dtype=torch.float32))
 
     @staticmethod
     def utility(play, *args, **kwargs):
@@ -367,12 +376,12 @@ def choose(rank):
     choice.game.step(x, "ab", mine)
     before = values(choice.networks)
     network = choice.networks[mine]
-    ((network(x) ** 2).sum() / 2).backward()
+    (((network(x) + choice.shift.detach()) ** 2).sum() / 2).backward()
     expected = {name: value / 2 for name, value in gradients(choice.networks).items()}
     choice.game.step(x, "ab", mine)
     moved = {n: (before[n] - x) / 0.1 for n, x in values(choice.networks).items()}
     seen["late"] = told(lambda: choice.game.step(x, "ab", mine, is_late=rank == 1))
-    return seen, expected, moved, values(choice.networks)
+    return seen, expected, moved, values(choice.networks) | {"shift": choice.shift.detach()}
 
 
 def gradients(module):
@@ -391,6 +400,8 @@ def test_ranks_that_differ_in_parameters():
     assert_close(moved, a | b)  # each network is one rank's, and the mean is half of its gradient
     assert same(moved, others)
     assert same(after, others_after)
+    assert after["shift"].dtype is torch.float32
+    assert after["shift"] != 0
 
 
 def test_no_group_is_refused():
