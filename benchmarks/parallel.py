@@ -157,7 +157,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the program."""
     options = parse(arguments)
-    set_forkserver_preload(["digits"])  # read once for all processes
+    set_forkserver_preload(["matplotlib.figure", "pyro_symeq", "sklearn.datasets"])
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     compare_times(options)
     if options.seeds:

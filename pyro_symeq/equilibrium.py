@@ -75,12 +75,12 @@ class SymmetricEquilibrium(Game):
             more for each kind of batch and merges operations into fewer kernels.
         process_group: Processes that train together, each on a shard of the data, such as
             ``torch.distributed.group.WORLD`` once ``torch.distributed.init_process_group()`` has
-            been called. Utilities and gradients are means over ranks: n ranks are one with n times the
-            batch, whose loss is divided by n. All ranks begin with the parameters and buffers of
-            the first, and draw other random numbers: its seed, the number of steps and the rank
-            decide which. They create the game and take steps together; the rest is each rank's
-            own. Whole steps are then in no CUDA graph. See "Training in parallel" in the
-            documentation.
+            been called. Utilities and gradients are means over ranks: n ranks are one with n times
+            the batch, whose loss is divided by n. All ranks begin with the parameters and buffers
+            of the first. They draw other random numbers each: the seed of the first, the number of
+            steps and the rank decide which. They create the game and take steps together; what
+            else they do is their own. Whole steps are in no CUDA graph then. See "Training in
+            parallel" in the documentation.
 
     Raises:
         TypeError: ``optim`` is neither a ``PyroOptim`` nor a pair of them, or ``process_group`` is
@@ -261,8 +261,7 @@ def _means(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         return dict(found[0])
     names = dict.fromkeys(name for each in found for name in each)
     return {
-        name: torch.stack([each[name].cpu() for each in found if name in each]).mean(0)
-        for name in names
+        name: torch.stack([each[name] for each in found if name in each]).mean(0) for name in names
     }
 
 

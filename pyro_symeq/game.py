@@ -350,8 +350,8 @@ class Game:
         Returns:
             The unconstrained parameters and the optimiser states of all players by parameter name,
             who is frozen, the place in the schedule, and the states of the random number
-            generators of torch, numpy and Python. With a process group, one rank's state is
-            everyone's, and what tells the random numbers of all ranks. ``torch.load`` reads it with
+            generators of torch, numpy and Python. With a process group, the state of one rank is
+            good for all: the seed of everyone's random numbers is in it. ``torch.load`` reads it with
             ``weights_only=True``. Buffers of modules (running averages, say) are not parameters:
             save them with the modules.
         """
