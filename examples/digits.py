@@ -24,6 +24,7 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from cli import begun, ended_cleanly, parser
 
@@ -76,9 +77,16 @@ class Training:
         images: The data set.
         seed: The seed of the initial parameters and of all draws.
         settings: What else the training depends on.
+        process_group: Processes that train together, each on images of its own.
     """
 
-    def __init__(self, images: Images, seed: int, settings: Settings) -> None:
+    def __init__(
+        self,
+        images: Images,
+        seed: int,
+        settings: Settings,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
         self.images = images
@@ -98,6 +106,7 @@ class Training:
             self.optims,
             supervise_encoder=False,  # it learns from dreams alone
             code_warmup=0,
+            process_group=process_group,
         )
 
     def step(self) -> SymmetricLoss:

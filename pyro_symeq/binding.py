@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Path = tuple[Any, ...]
 Program = Callable[..., Any]
@@ -74,6 +74,12 @@ def _kind(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.dtype
     return leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf)
+
+
+def module_of(program: Program) -> nn.Module | None:
+    """The module that a program is, or whose method it is."""
+    owner = getattr(inspect.unwrap(program), "__self__", program)
+    return owner if isinstance(owner, nn.Module) else None
 
 
 def parameters(program: Program) -> list[inspect.Parameter]:

@@ -6,7 +6,6 @@ next, and further steps on such batches replay.
 """
 
 import dataclasses
-import inspect
 import sys
 import warnings
 from collections import OrderedDict
@@ -22,7 +21,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyro_symeq.batch import Batch, batches
-from pyro_symeq.binding import Call, Path, leaves, put
+from pyro_symeq.binding import Call, Path, leaves, module_of, put
 from pyro_symeq.ownership import Parameters
 from pyro_symeq.play import Ascent, Stage, ascent
 from pyro_symeq.recording import CannotRecord, Recording, headline, record
@@ -235,9 +234,9 @@ class Capture:
     def _modules(self) -> Iterator[nn.Module]:
         """The modules whose methods are programs."""
         for program in self._stage.programs.values():
-            owner = getattr(inspect.unwrap(program), "__self__", program)
-            if isinstance(owner, nn.Module):
-                yield from owner.modules()
+            module = module_of(program)
+            if module is not None:
+                yield from module.modules()
 
     def _record(self, player: str, occasion: Occasion) -> Lesson:
         ways: list[Ascent] = []

@@ -26,6 +26,7 @@ from pyro_symeq.binding import Program, equal, open_parameters
 from pyro_symeq.draws import Draws
 from pyro_symeq.game import Captures, Game, Player, Updates, by_player
 from pyro_symeq.pair import Pair
+from pyro_symeq.parallel import Group
 from pyro_symeq.play import Play, Utility, refuse_reserved
 from pyro_symeq.rehearsal import aside
 from pyro_symeq.weights import Weights, full_weights
@@ -43,6 +44,7 @@ def data_exchange_game(
     *,
     updates: Updates = "alternating",
     capture: Captures = False,
+    process_group: Group = None,
 ) -> Game:
     r"""Makes a game of generative models that exchange dreams.
 
@@ -63,6 +65,7 @@ def data_exchange_game(
             Those left out of a row are 0; left out altogether, all are equal.
         updates: See :class:`Game`.
         capture: See :class:`Game`.
+        process_group: See :class:`Game`.
 
     Raises:
         TypeError: ``models`` are no programs, or ``optim`` is no optimiser.
@@ -95,7 +98,7 @@ def data_exchange_game(
         for name, member in exchange.members.items()
         for player, program, score in member.players()
     ]
-    return Game(players, updates=updates, capture=capture)
+    return Game(players, updates=updates, capture=capture, process_group=process_group)
 
 
 class _Member:

@@ -12,10 +12,12 @@ and each player climbs its own utility towards it: :math:`\theta` along :math:`\
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any, Literal, cast
 
+import torch
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
@@ -25,6 +27,7 @@ from pyro_symeq.binding import Call, Program
 from pyro_symeq.checks import check_count
 from pyro_symeq.game import Captures, Game, Own, Player
 from pyro_symeq.loss import SymmetricLoss
+from pyro_symeq.parallel import Group
 from pyro_symeq.rehearsal import Bind
 from pyro_symeq.strategy import State
 from pyro_symeq.utility import SymmetricUtility
@@ -70,9 +73,18 @@ class SymmetricEquilibrium(Game):
             tensor. What can't be recorded runs as ever, with a warning that says why.
             ``"compile"`` gives recordings to ``torch.compile``, too, which takes ten seconds or
             more for each kind of batch and merges operations into fewer kernels.
+        process_group: Processes that train together, each on a shard of the data, such as
+            ``torch.distributed.group.WORLD`` once ``torch.distributed.init_process_group()`` has
+            been called. Utilities and gradients are means over ranks: n ranks are one with n times
+            the batch, whose loss is divided by n. All ranks begin with the parameters and buffers
+            of the first. They draw other random numbers each: the seed of the first, the number of
+            steps and the rank decide which. They create the game and take steps together; what
+            else they do is their own. Whole steps are in no CUDA graph then. See "Training in
+            parallel" in the documentation.
 
     Raises:
-        TypeError: ``optim`` is neither a ``PyroOptim`` nor a pair of them.
+        TypeError: ``optim`` is neither a ``PyroOptim`` nor a pair of them, or ``process_group`` is
+            no group of this process.
         ValueError: An option has a value that it can't have.
 
     References:
@@ -116,6 +128,7 @@ class SymmetricEquilibrium(Game):
         watch: int = 0,
         parameters: Mapping[str, Own] | None = None,
         capture: Captures = False,
+        process_group: Group = None,
     ) -> None:
         if updates not in ("alternating", "simultaneous"):
             raise ValueError(f"Expected updates='alternating' or 'simultaneous', got {updates!r}.")
@@ -148,6 +161,7 @@ class SymmetricEquilibrium(Game):
             ],
             updates=list(_schedule(updates, decoder_steps, encoder_steps)),
             capture=capture,
+            process_group=process_group,
         )
         self.updates = updates
 
@@ -218,6 +232,12 @@ class SymmetricEquilibrium(Game):
             warn_if_collapsed(steps, self._information(call))
 
     def _information(self, call: Call, are_coded: bool = False) -> dict[str, Tensor]:
+        place = (f"step {self.num_steps}", "information")
+        found = self._ranks.gathered(place, partial(self._own_information, call, are_coded))
+        return _means(found)
+
+    def _own_information(self, call: Call, are_coded: bool) -> dict[str, Tensor]:
+        """The information in latents about this rank's rows."""
         pair, play = self.utility.pair(self.model, self.guide), self._stage.play()
         found = (
             pair.information(play, batch.call, NUM_DRAWS, are_coded) for batch in batches(call)
@@ -233,6 +253,16 @@ class SymmetricEquilibrium(Game):
 
     def _watched(self) -> set[str]:
         return {"decoder", "encoder"}
+
+
+def _means(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The means over those ranks whose batches tell."""
+    if len(found) == 1:
+        return dict(found[0])
+    names = dict.fromkeys(name for each in found for name in each)
+    return {
+        name: torch.stack([each[name] for each in found if name in each]).mean(0) for name in names
+    }
 
 
 def _schedule(updates: str, decoder_steps: int, encoder_steps: int) -> Iterator[tuple[str, ...]]:

@@ -23,13 +23,13 @@ from pyro.infer.util import is_validation_enabled
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
-from pyro_symeq import randomness
 from pyro_symeq.batch import batches
 from pyro_symeq.binding import Call, Program, layout
 from pyro_symeq.capture import Capture, Occasion
 from pyro_symeq.graphs import Rounds, StepGraphs
 from pyro_symeq.loss import GameLoss, loss_of
 from pyro_symeq.ownership import NOTHING_TO_LEARN, Parameters
+from pyro_symeq.parallel import Alone, Group, Ranks
 from pyro_symeq.play import Ascent, Score, Stage, Utility, ascent, is_awaited
 from pyro_symeq.recording import CannotRecord
 from pyro_symeq.rehearsal import aside, buffers_kept
@@ -145,9 +145,11 @@ class Game:
             a name, or several names that move at once: ``["a", "b", "b"]`` lets b move twice,
             ``[("a", "b"), "c"]`` lets a and b move at once and c after them.
         capture: Whether to record steps and to replay them, see :class:`SymmetricEquilibrium`.
+        process_group: Processes that train together, see :class:`SymmetricEquilibrium`.
 
     Raises:
-        TypeError: ``players`` are no players, or claim what are no named parameters.
+        TypeError: ``players`` are no players, or claim what are no named parameters, or
+            ``process_group`` is no group of this process.
         ValueError: Two players have one name or claim one parameter, one claims what can't be
             trained, nobody has a utility, or ``updates`` names others.
 
@@ -185,6 +187,7 @@ class Game:
         *,
         updates: Updates = "alternating",
         capture: Captures = False,
+        process_group: Group = None,
     ) -> None:
         if capture not in (True, False, "compile"):
             raise ValueError(f"Expected capture=True, False or 'compile', got {capture!r}.")
@@ -211,7 +214,9 @@ class Game:
         )
         self.capture = capture
         self._capture = Capture(self._stage, capture == "compile") if capture else None
-        self._graphs = self._step_graphs()
+        self._ranks = Alone() if process_group is None else Ranks(process_group)
+        self._graphs = self._step_graphs() if process_group is None else None
+        self._ranks.seed(self.num_steps)
 
     def __repr__(self) -> str:
         return (
@@ -276,18 +281,20 @@ class Game:
         if torch.is_inference_mode_enabled():
             raise ValueError("Nothing can be learned within torch.inference_mode(). Leave it.")
         call = (args, kwargs)
-        rounds = self._rounds()
-        moving = _names(rounds)
-        watched = self._watched() - moving
-        self._set_loaded(call, needed=moving | watched)
+        with self._ranks.working():
+            rounds = self._rounds()
+            moving = _names(rounds)
+            watched = self._watched() - moving
+            self._set_loaded(call, needed=moving | watched)
         self._check_learnable(call, moving, watched)
         with ExitStack() as stack:
             if is_validation_enabled():
                 may_fail_later = watched or len(rounds[-1]) > 1 or self._graphs is not None
                 for name in _names(rounds if may_fail_later else rounds[:-1]):
                     stack.enter_context(self._strategies[name].undone_on_error())
-            loss = self._loss(self._moved(call, rounds) | self._utilities(call, watched))
+            loss = self._loss(self._moved(call, rounds) | self._told(call, watched))
         self.num_steps += 1
+        self._ranks.seed(self.num_steps)
         return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> GameLoss:
@@ -317,7 +324,8 @@ class Game:
         """Moves one player once, whatever the schedule says."""
         call = (args, kwargs)
         others = set(self._learners) - {player}
-        self._set_loaded(call, needed={player} | others)
+        with self._ranks.working():
+            self._set_loaded(call, needed={player} | others)
         self._check_learnable(call, {player}, others)
         self._move([(player,)], lambda name: ascent(partial(self._score, name), call))
 
@@ -342,7 +350,8 @@ class Game:
         Returns:
             The unconstrained parameters and the optimiser states of all players by parameter name,
             who is frozen, the place in the schedule, and the states of the random number
-            generators of torch, numpy and Python. ``torch.load`` reads it with
+            generators of torch, numpy and Python. With a process group, the state of one rank is
+            good for all: the seed of everyone's random numbers is in it. ``torch.load`` reads it with
             ``weights_only=True``. Buffers of modules (running averages, say) are not parameters:
             save them with the modules.
         """
@@ -350,7 +359,7 @@ class Game:
             "players": {name: player.state_dict() for name, player in self._strategies.items()},
             "frozen": sorted(self._frozen),
             "num_steps": self.num_steps,
-            "random": randomness.get_state(),
+            "random": self._ranks.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -386,7 +395,7 @@ class Game:
         self._frozen = set(state["frozen"])
         self._looked.clear()
         self.num_steps = state["num_steps"]
-        randomness.set_state(state["random"])
+        self._ranks.load_state_dict(state["random"], self.num_steps)
 
     def _moves(self, updates: Updates) -> Iterator[tuple[str, ...]]:
         """The players that move at once, in turn."""
@@ -462,11 +471,23 @@ class Game:
         """Lets players move, at once and in turn; returns their utilities before they did."""
         utilities = {}
         for names in rounds:
-            ascents = [ascend(name) for name in names]
+            ascents = [self._shared(rounds, name, ascend) for name in names]
             for name, way in zip(names, ascents, strict=True):
                 self._strategies[name].move(way.parameters, way.gradients, way.found_inf)
                 utilities[name] = way.utility
         return utilities
+
+    def _shared(self, rounds: Rounds, name: str, ascend: Callable[[str], Ascent]) -> Ascent:
+        """Where a player goes, on average over the ranks of the process group."""
+        place = (f"step {self.num_steps + 1}", rounds, name)
+        return self._ranks.ascent(place, partial(ascend, name), self._strategies[name].parameters)
+
+    def _told(self, call: Call, watched: Collection[str]) -> dict[str, Tensor]:
+        """The utilities of players that a step tells though they don't move."""
+        if not watched:
+            return {}
+        place = (f"step {self.num_steps + 1}", "utilities")
+        return self._ranks.mean(place, partial(self._utilities, call, watched))
 
     def _recalled(self, capture: Capture, occasion: Occasion, name: str) -> Ascent:
         """Where a player goes from where it stands, by its recorded lesson if there is one."""
@@ -525,12 +546,13 @@ class Game:
         """
         if moving <= self._learnable:
             return
-        scores = self._tried(self._try, call, needed=moving | watched)
-        tried = {name: scores[name] for name in scores if name in moving | watched}
-        for name, score in tried.items():
-            _check_learnable(name, score)
-        if not any(score.parameters for score in tried.values()):
-            raise ValueError(NOTHING_TO_LEARN)
+        with self._ranks.rehearsing(self._strategies.values()):
+            scores = self._tried(self._try, call, needed=moving | watched)
+            tried = {name: scores[name] for name in scores if name in moving | watched}
+            for name, score in tried.items():
+                _check_learnable(name, score)
+            if not any(score.parameters for score in tried.values()):
+                raise ValueError(NOTHING_TO_LEARN)
         self._learnable |= moving
 
     def _tried(

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO
+from pyro.infer.elbo import ELBOModule
 from pyro.poutine import Trace
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pyro_symeq.binding import Call, Program
+from pyro_symeq.binding import Call, Program, module_of
 from pyro_symeq.checks import check_count
 from pyro_symeq.draws import Draws
 from pyro_symeq.loss import SymmetricLoss
@@ -67,7 +68,8 @@ class SymmetricUtility(ELBO):
 
     It works as ``SVI(model, guide, optim, loss=SymmetricUtility())``, where both players move at
     once, and ``SymmetricUtility()(model, guide)`` is an ``nn.Module`` whose output is the loss,
-    for torch optimisers.
+    for torch optimisers and ``DistributedDataParallel``. It has the parameters of a model and a
+    guide that are modules or methods of modules.
 
     Args:
         bind: Which argument holds the value of which observed site, where that can't be found
@@ -133,6 +135,14 @@ class SymmetricUtility(ELBO):
         )
         self.supervise_encoder = supervise_encoder
         self._known: dict[tuple[Program, Program], tuple[Pair, Stage]] = {}
+
+    def __call__(self, model: Program, guide: Program) -> ELBOModule:
+        """A module whose output is the loss of a model and a guide."""
+        module = super().__call__(model, guide)  # type: ignore[arg-type]
+        owners = [module_of(program) for program in (model, guide)]
+        methods_of = [owner for owner in owners if owner not in (None, model, guide)]
+        module.methods_of = nn.ModuleList(dict.fromkeys(methods_of))
+        return module
 
     def stage(self, model: Program, guide: Program) -> Stage:
         """The two players, with what is found out about them on the way."""
