@@ -124,7 +124,7 @@ class Member:
 
     def dream(self, play: Play, data: Data, num_rows: int) -> Data:
         """Dreams so many rows of the variables that the model takes."""
-        like = {name: _with_rows(value, num_rows) for name, value in data.items()}
+        like = {name: with_rows(value, num_rows) for name, value in data.items()}
         drawn = play.sample(self.dreamer, given=None, **like)
         variables = data.keys() | (self.arguments or {}).keys()
         dream = {name: x for name, x in drawn.items() if name in variables}
@@ -147,7 +147,7 @@ class Member:
         """
         takes = self.arguments
         seen = {n: shaped(x, own.get(n)) for n, x in dream.items() if takes is None or n in takes}
-        needs = _needed(takes or {})
+        needs = needed(takes or {})
         if not seen or not seen.keys() >= needs:
             raise ValueError(
                 f"The model '{self.name}' takes none of the variables {sorted(dream)} that "
@@ -165,9 +165,9 @@ class Member:
         """
         refuse_reserved(batch)
         takes = self.arguments
-        if takes is not None and not takes.keys() >= batch.keys() >= _needed(takes):
+        if takes is not None and not takes.keys() >= batch.keys() >= needed(takes):
             raise ValueError(
-                f"Expected the batch of model '{self.name}' to hold {sorted(_needed(takes))} of "
+                f"Expected the batch of model '{self.name}' to hold {sorted(needed(takes))} of "
                 f"{sorted(takes)}, which it takes, got {sorted(batch)}."
             )
 
@@ -246,7 +246,7 @@ class _Exchange:
                     f"Expected the batch of model '{name}' to be a dict {{argument: value}}, got "
                     f"{type(batch).__name__}. Call game.step({example})."
                 )
-            self.members[name].check_batch(batch)
+            self.members[name].check_batch(dict(batch))
 
 
 def members(models: Any) -> dict[str, Member]:
@@ -293,11 +293,12 @@ def _keywords(program: Program) -> dict[str, bool] | None:
     return {p.name: p.default is p.empty for p in parameters if p.kind in named}
 
 
-def _needed(arguments: Mapping[str, bool]) -> set[str]:
+def needed(arguments: Mapping[str, bool]) -> set[str]:
+    """The names of the arguments without a default."""
     return {name for name, is_needed in arguments.items() if is_needed}
 
 
-def _with_rows(value: Any, num_rows: int) -> Any:
+def with_rows(value: Any, num_rows: int) -> Any:
     """Repeats or leaves out rows of a tensor, in whose place dreams will be."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
