@@ -20,11 +20,12 @@ Run ``python examples/apart.py --help`` for the options.
 
 import argparse
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pyro
-import torch
+import torch.distributed
 from torch import Tensor
 
 from cli import begun, ended_cleanly, parser
@@ -81,10 +82,19 @@ class Alone:
         return self.game.step(**{self.name: {"x": x}})
 
 
-def connected(address: str) -> Any:
-    """The store at an address, ``host:port``."""
-    host, _, port = address.rpartition(":")
-    return torch.distributed.TCPStore(host, int(port), is_master=False)  # type: ignore[attr-defined]
+def address(text: str) -> tuple[str, int]:
+    """Reads a host and a port."""
+    host, _, port = text.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected host:port, got {text!r}")
+    return host, int(port)
+
+
+def connected(host: str, port: int) -> Any:
+    """The store at an address, if it answers within a minute."""
+    return torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        host, port, is_master=False, timeout=timedelta(minutes=1)
+    )
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -99,6 +109,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     options.add_argument(
         "--store",
+        type=address,
         default=f"{told.get('MASTER_ADDR', '127.0.0.1')}:{told.get('MASTER_PORT', 29500)}",
         help="where the store is (default: torchrun's, or %(default)s)",
     )
@@ -148,7 +159,7 @@ def run(options: argparse.Namespace) -> None:
         (vae.model, vae.guide),
         optim,
         {name: options.alpha, other: 1 - options.alpha},
-        connected(options.store),
+        connected(*options.store),
         timeout=options.timeout,
         on_missing="continue",
     ) as exchange:
@@ -162,7 +173,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the program."""
     options = parse(arguments)
-    with ended_cleanly("apart.py", DataError):
+    with ended_cleanly("apart.py", DataError, torch.distributed.DistError):
         run(options)
 
 
