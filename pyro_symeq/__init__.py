@@ -6,6 +6,7 @@ from pyro_symeq.conditionals import Conditionals
 from pyro_symeq.data_exchange import data_exchange_game
 from pyro_symeq.diagnostics import Diagnostics
 from pyro_symeq.distributions import Implicit
+from pyro_symeq.dream_exchange import DreamExchange
 from pyro_symeq.equilibrium import SymmetricEquilibrium
 from pyro_symeq.game import Game, Player
 from pyro_symeq.limiting import LimitingDistribution
@@ -22,6 +23,7 @@ __all__ = [
     "Completion",
     "Conditionals",
     "Diagnostics",
+    "DreamExchange",
     "Game",
     "GameLoss",
     "Implicit",

@@ -91,7 +91,7 @@ def data_exchange_game(
         >>> loss.utilities.keys()
         dict_keys(['a', 'b'])
     """
-    exchange = _Exchange(_members(models), weights)
+    exchange = _Exchange(members(models), weights)
     optims = by_player(optim, exchange.members)
     players = [
         Player(player, program, optims[name], partial(exchange.utility, name, score))
@@ -101,7 +101,7 @@ def data_exchange_game(
     return Game(players, updates=updates, capture=capture, process_group=process_group)
 
 
-class _Member:
+class Member:
     """A model, with a guide or without, and its players."""
 
     def __init__(self, name: str, model: Program, guide: Program | None) -> None:
@@ -127,7 +127,7 @@ class _Member:
 
     def dream(self, play: Play, data: Data, num_rows: int) -> Data:
         """Dreams so many rows of the variables that the model takes."""
-        like = {name: _with_rows(value, num_rows) for name, value in data.items()}
+        like = {name: with_rows(value, num_rows) for name, value in data.items()}
         drawn = play.sample(self.dreamer, given=None, **like)
         variables = data.keys() | (self.arguments or {}).keys()
         dream = {name: x for name, x in drawn.items() if name in variables}
@@ -142,9 +142,51 @@ class _Member:
             self._is_checked = True
         return dream
 
-    def takes(self, name: str) -> bool:
-        """Whether the model takes an argument of that name."""
-        return self.arguments is None or name in self.arguments
+    def seen(self, other: str, dream: Data, own: Data) -> Data:
+        """What the model is given of another's dream, in the form of its own data.
+
+        Raises:
+            ValueError: It takes nothing of it, or needs more.
+        """
+        takes = self.arguments
+        seen = {n: shaped(x, own.get(n)) for n, x in dream.items() if takes is None or n in takes}
+        needs = needed(takes or {})
+        if not seen or not seen.keys() >= needs:
+            raise ValueError(
+                f"The model '{self.name}' takes none of the variables {sorted(dream)} that "
+                f"'{other}' dreams, or needs others: {sorted(needs)}. Name arguments and sites "
+                "alike in both models, give optional ones the default None, or set the weight to "
+                "0."
+            )
+        return seen
+
+    def check_batch(self, batch: Data) -> None:
+        """Checks that the model takes a batch.
+
+        Raises:
+            ValueError: It takes other arguments, or one is called like an option.
+        """
+        refuse_reserved(batch)
+        takes = self.arguments
+        if takes is not None and not takes.keys() >= batch.keys() >= needed(takes):
+            raise ValueError(
+                f"Expected the batch of model '{self.name}' to hold {sorted(needed(takes))} of "
+                f"{sorted(takes)}, which it takes, got {sorted(batch)}."
+            )
+
+    def num_rows(self, batch: Data) -> int:
+        """The number of rows of a batch.
+
+        Raises:
+            ValueError: Its tensors have different numbers of rows, or none.
+        """
+        rows = {len(x) for x in batch.values() if isinstance(x, Tensor) and x.dim() > 0}
+        if len(rows) != 1 or 0 in rows:
+            raise ValueError(
+                f"Expected all tensors of the batch of model '{self.name}' to have as many rows, "
+                f"at least one, got {sorted(rows)}. Others dream as many for it."
+            )
+        return rows.pop()
 
     def _check_observed(self, like: Data, dream: Data) -> None:
         """Checks on the side that a dream may stand for data.
@@ -153,7 +195,7 @@ class _Member:
             ValueError: The model, given its dream, observes something else.
         """
         with aside():
-            call = (), {name: _shaped(x, like.get(name)) for name, x in dream.items()}
+            call = (), {name: shaped(x, like.get(name)) for name, x in dream.items()}
             observed = passes.dream(self.model, call).observed
         for name, x in dream.items():
             if not (name in observed and equal(observed[name].value, x)):
@@ -167,16 +209,12 @@ class _Member:
 class _Exchange:
     """The utilities of models that exchange dreams."""
 
-    def __init__(self, members: dict[str, _Member], weights: Weights | None) -> None:
+    def __init__(self, members: dict[str, Member], weights: Weights | None) -> None:
         self.members = members
         default = 1 / len(members) if weights is None else 0.0
         self.weights = full_weights(weights, list(members), default)
         for name, row in self.weights.items():
-            if not math.isclose(sum(row.values()), 1.0, abs_tol=1e-6):
-                raise ValueError(
-                    f"Expected the weights of model '{name}' to sum to 1, got {row}. They are the "
-                    "shares of its own data and of the dreams of others."
-                )
+            check_shares(name, row)
 
     def utility(
         self, name: str, score: Utility, play: Play, /, *args: Any, **data: Data
@@ -195,16 +233,8 @@ class _Exchange:
         if other == name:
             return data[name]
         learner, own = self.members[name], data[name]
-        dream = self.members[other].dream(play, data[other], _num_rows(own, name))
-        seen = {key: _shaped(x, own.get(key)) for key, x in dream.items() if learner.takes(key)}
-        needs = _needed(learner.arguments or {})
-        if not seen or not seen.keys() >= needs:
-            raise ValueError(
-                f"The model '{name}' takes none of the variables {sorted(dream)} that '{other}' "
-                f"dreams, or needs others: {sorted(needs)}. Name arguments and sites alike in "
-                "both models, give optional ones the default None, or set the weight to 0."
-            )
-        return seen
+        dream = self.members[other].dream(play, data[other], learner.num_rows(own))
+        return learner.seen(other, dream, own)
 
     def _check(self, args: tuple[Any, ...], data: Mapping[str, Any]) -> None:
         example = ", ".join(f"{name}={{'x': x_{name}}}" for name in self.members)
@@ -219,30 +249,42 @@ class _Exchange:
                     f"Expected the batch of model '{name}' to be a dict {{argument: value}}, got "
                     f"{type(batch).__name__}. Call game.step({example})."
                 )
-            refuse_reserved(batch)
-            takes = self.members[name].arguments
-            if takes is not None and not takes.keys() >= batch.keys() >= _needed(takes):
-                raise ValueError(
-                    f"Expected the batch of model '{name}' to hold {sorted(_needed(takes))} of "
-                    f"{sorted(takes)}, which it takes, got {sorted(batch)}."
-                )
+            self.members[name].check_batch(dict(batch))
 
 
-def _members(models: Any) -> dict[str, _Member]:
+def members(models: Any) -> dict[str, Member]:
+    """The models by name.
+
+    Raises:
+        TypeError: These are no programs.
+    """
     if not isinstance(models, Mapping) or not models:
         raise TypeError(
             "Expected models to be a dict {name: model} or {name: (model, guide)}, got "
             f"{models!r}."
         )
-    members = {}
+    by_name = {}
     for name, programs in models.items():
         pair = programs if isinstance(programs, tuple) else (programs, None)
         if len(pair) != 2 or not callable(pair[0]) or not (pair[1] is None or callable(pair[1])):
             raise TypeError(
                 f"Expected '{name}' to be a model or a pair (model, guide), got {programs!r}."
             )
-        members[name] = _Member(name, *pair)
-    return members
+        by_name[name] = Member(name, *pair)
+    return by_name
+
+
+def check_shares(name: str, row: Mapping[str, float]) -> None:
+    """Checks the weights of a model.
+
+    Raises:
+        ValueError: They don't sum to 1.
+    """
+    if not math.isclose(sum(row.values()), 1.0, abs_tol=1e-6):
+        raise ValueError(
+            f"Expected the weights of model '{name}' to sum to 1, got {row}. They are the shares "
+            "of its own data and of the dreams of others."
+        )
 
 
 def _keywords(program: Program) -> dict[str, bool] | None:
@@ -254,28 +296,19 @@ def _keywords(program: Program) -> dict[str, bool] | None:
     return {p.name: p.default is p.empty for p in parameters if p.kind in named}
 
 
-def _needed(arguments: Mapping[str, bool]) -> set[str]:
+def needed(arguments: Mapping[str, bool]) -> set[str]:
+    """The names of the arguments without a default."""
     return {name for name, is_needed in arguments.items() if is_needed}
 
 
-def _num_rows(data: Data, name: str) -> int:
-    rows = {len(x) for x in data.values() if isinstance(x, Tensor) and x.dim() > 0}
-    if len(rows) != 1 or 0 in rows:
-        raise ValueError(
-            f"Expected all tensors of the batch of model '{name}' to have as many rows, at least "
-            f"one, got {sorted(rows)}. Others dream as many for it."
-        )
-    return rows.pop()
-
-
-def _with_rows(value: Any, num_rows: int) -> Any:
+def with_rows(value: Any, num_rows: int) -> Any:
     """Repeats or leaves out rows of a tensor, in whose place dreams will be."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
     return value[torch.arange(num_rows, device=value.device) % len(value)]
 
 
-def _shaped(dreamed: Tensor, like: Any) -> Tensor:
+def shaped(dreamed: Tensor, like: Any) -> Tensor:
     """A dreamed value in the shape and type of the argument that it stands for."""
     if isinstance(like, Tensor) and like.numel() == dreamed.numel():
         return dreamed.reshape(like.shape).to(like.dtype)

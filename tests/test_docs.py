@@ -156,6 +156,7 @@ def test_each_row_has_its_message():
 
 
 PAGES = [
+    "apart.md",
     "coming_from_svi.md",
     "semi_supervised.md",
     "collapse.md",
