@@ -12,7 +12,7 @@ and each player climbs its own utility towards it: :math:`\theta` along :math:`\
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from typing import Any, Literal, cast
 
@@ -117,18 +117,11 @@ class SymmetricEquilibrium(Game):
         parameters: Mapping[str, Own] | None = None,
         capture: Captures = False,
     ) -> None:
-        if updates not in ("alternating", "simultaneous"):
-            raise ValueError(f"Expected updates='alternating' or 'simultaneous', got {updates!r}.")
-        check_count("decoder_steps", decoder_steps, at_least=1)
-        check_count("encoder_steps", encoder_steps, at_least=1)
+        moves = schedule(updates, decoder_steps, encoder_steps)
         check_count("encoder_warmup", encoder_warmup, at_least=0)
         check_count("code_warmup", code_warmup, at_least=0)
         check_count("watch", watch, at_least=0)
-        own = parameters or {}
-        if unknown := own.keys() - {"decoder", "encoder"}:
-            raise ValueError(
-                f"parameters= names {sorted(unknown)}; the players are 'decoder' and 'encoder'."
-            )
+        own = whose(parameters)
         self.model = model
         self.guide = guide
         self.optim = optim
@@ -146,7 +139,7 @@ class SymmetricEquilibrium(Game):
                 Player("decoder", model, decoder, utilities["decoder"], own.get("decoder")),
                 Player("encoder", guide, encoder, utilities["encoder"], own.get("encoder")),
             ],
-            updates=list(_schedule(updates, decoder_steps, encoder_steps)),
+            updates=moves,
             capture=capture,
         )
         self.updates = updates
@@ -235,13 +228,40 @@ class SymmetricEquilibrium(Game):
         return {"decoder", "encoder"}
 
 
-def _schedule(updates: str, decoder_steps: int, encoder_steps: int) -> Iterator[tuple[str, ...]]:
+def schedule(updates: str, decoder_steps: int, encoder_steps: int) -> list[tuple[str, ...]]:
+    """The moves of a step in order, each with the players that move at once.
+
+    Args:
+        updates: See :class:`SymmetricEquilibrium`.
+        decoder_steps: Likewise.
+        encoder_steps: Likewise.
+
+    Raises:
+        ValueError: One of them has a value that it can't have.
+    """
+    if updates not in ("alternating", "simultaneous"):
+        raise ValueError(f"Expected updates='alternating' or 'simultaneous', got {updates!r}.")
+    check_count("decoder_steps", decoder_steps, at_least=1)
+    check_count("encoder_steps", encoder_steps, at_least=1)
     decoder, encoder = ["decoder"] * decoder_steps, ["encoder"] * encoder_steps
     if updates == "alternating":
-        yield from ((name,) for name in decoder + encoder)
-    else:
-        for names in zip_longest(decoder, encoder):
-            yield tuple(name for name in names if name is not None)
+        return [(name,) for name in decoder + encoder]
+    together = zip_longest(decoder, encoder)
+    return [tuple(name for name in names if name is not None) for names in together]
+
+
+def whose(parameters: Mapping[str, Own] | None) -> Mapping[str, Own]:
+    """What players claim, by their names.
+
+    Raises:
+        ValueError: There is no such player.
+    """
+    own = parameters or {}
+    if unknown := own.keys() - {"decoder", "encoder"}:
+        raise ValueError(
+            f"parameters= names {sorted(unknown)}; the players are 'decoder' and 'encoder'."
+        )
+    return own
 
 
 def _utility(loss: Any, bind: Bind | None, supervise_encoder: bool) -> SymmetricUtility:

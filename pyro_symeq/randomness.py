@@ -1,5 +1,6 @@
 """The states of all random number generators that a program may draw from."""
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,14 @@ def set_state(state: State) -> None:
     np.random.set_state((kind, keys.cpu().numpy().astype("uint32"), *rest))
     version, internal, gauss = state["random"]
     random.setstate((version, tuple(internal), gauss))
+
+
+def seed(*numbers: int) -> None:
+    """Seeds all generators, so that they have nothing to do with those of other numbers."""
+    digest = hashlib.blake2b(repr(numbers).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big"))
+    np.random.seed(np.frombuffer(digest[8:40], dtype="<u4"))
+    random.seed(digest[40:])
 
 
 def _accelerator() -> Any:

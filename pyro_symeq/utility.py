@@ -49,6 +49,16 @@ class _Attach(torch.autograd.Function):
         return None, None, *(upstream * gradient for gradient in ctx.saved_tensors)
 
 
+def attach(value: Tensor, gradients: Mapping[Tensor, Tensor]) -> Tensor:
+    """Gives a value gradients that are already known.
+
+    Args:
+        value: The value.
+        gradients: Its gradients by leaf.
+    """
+    return _Attach.apply(value, list(gradients.values()), *gradients)
+
+
 class SymmetricUtility(ELBO):
     r"""The objective of symmetric equilibrium learning, in the shape of a Pyro ELBO.
 
@@ -174,7 +184,7 @@ class SymmetricUtility(ELBO):
             return -torch.stack(self._utilities(model, guide, (args, kwargs))).sum()
         utilities, gradients = self._gradients(model, guide, (args, kwargs))
         loss = -sum(utilities)
-        return _Attach.apply(loss, list(gradients.values()), *gradients)
+        return attach(loss, gradients)
 
     def _utilities(self, model: Program, guide: Program, call: Call) -> list[Tensor]:
         stage = self.stage(model, guide)
