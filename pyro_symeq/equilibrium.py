@@ -132,6 +132,7 @@ class SymmetricEquilibrium(Game):
         self.code_warmup = code_warmup
         self.watch = watch
         self._code = CodeWarmup(code_warmup)
+        self._pair = self.utility.pair(model, guide)
         utilities = self.utility.stage(model, guide).utilities
         decoder, encoder = _pair_of_optims(optim)
         super().__init__(
@@ -168,12 +169,11 @@ class SymmetricEquilibrium(Game):
                 has moved then; with Pyro's validation off, the decoder may have. On a GPU, with
                 validation off, what is not finite is told when the loss is read.
         """
-        pair = self.utility.pair(self.model, self.guide)
-        pair.code_weight = self._code.weight(self.num_steps)
+        self._pair.code_weight = self._code.weight(self.num_steps)
         try:
             loss = cast(SymmetricLoss, super().step(*args, **kwargs))
         finally:
-            pair.code_weight = 0.0
+            self._pair.code_weight = 0.0
         self._look((args, kwargs), loss)
         return loss
 
@@ -211,9 +211,10 @@ class SymmetricEquilibrium(Game):
             warn_if_collapsed(steps, self._information(call))
 
     def _information(self, call: Call, are_coded: bool = False) -> dict[str, Tensor]:
-        pair, play = self.utility.pair(self.model, self.guide), self._stage.play()
+        play = self._stage.play()
         found = (
-            pair.information(play, batch.call, NUM_DRAWS, are_coded) for batch in batches(call)
+            self._pair.information(play, batch.call, NUM_DRAWS, are_coded)
+            for batch in batches(call)
         )
         return next(filter(None, found), {})
 

@@ -34,6 +34,8 @@ from pyro_symeq.rehearsal import Bind
 
 __all__ = ["SymmetricUtility"]
 
+NUM_KEPT = 8  # pairs: handlers that are put around programs in each step make new ones
+
 
 class _Attach(torch.autograd.Function):
     """Gives a value gradients that are already known."""
@@ -154,6 +156,8 @@ class SymmetricUtility(ELBO):
 
     def _on_stage(self, model: Program, guide: Program) -> tuple[Pair, Stage]:
         if (model, guide) not in self._known:
+            if len(self._known) >= NUM_KEPT:
+                self._known.clear()
             pair = Pair(model, guide, self.bind, self.supervise_encoder, self.draws)
             utilities = {"decoder": pair.decoder, "encoder": pair.encoder}
             stage = Stage({"decoder": model, "encoder": guide}, utilities)
