@@ -26,7 +26,6 @@ from pyro_symeq.checks import check_count
 from pyro_symeq.equilibrium import NUM_DRAWS, schedule, whose
 from pyro_symeq.game import Own, Player, claims_of
 from pyro_symeq.ownership import NOTHING_TO_LEARN, Parameters
-from pyro_symeq.pair import Pair
 from pyro_symeq.play import Ascent, Score, Stage, ascent
 from pyro_symeq.rehearsal import aside, buffers_kept
 from pyro_symeq.turns import TurnsOptimizer
@@ -135,7 +134,7 @@ class SymmetricModule(LightningModule):
         self.encoder_warmup = encoder_warmup
         self.num_steps = 0
         self._programs = {"decoder": model, "encoder": guide}
-        self._utility = _utility_of(loss)
+        self._pair = _utility_of(loss).pair(model, guide)
         self._optims = _pair_of(optim)
         self._scheduler = scheduler
         self._schedule = schedule(updates, decoder_steps, encoder_steps)
@@ -266,12 +265,11 @@ class SymmetricModule(LightningModule):
         return learners - {"decoder"} if is_warming_up else learners
 
     def _ascent(self, name: str, call: Call) -> Ascent:
-        pair = self._pair
-        pair.code_weight = self._code.weight(self.num_steps)
+        self._pair.code_weight = self._code.weight(self.num_steps)
         try:
             return ascent(partial(self._score, name), call)
         finally:
-            pair.code_weight = 0.0
+            self._pair.code_weight = 0.0
 
     def _score(self, name: str, call: Call) -> Score:
         """Scores a player.
@@ -343,12 +341,8 @@ class SymmetricModule(LightningModule):
         found = (self._pair.information(play, x.call, NUM_DRAWS, are_coded) for x in parts)
         return next(filter(None, found), {})
 
-    @property
-    def _pair(self) -> Pair:
-        return self._utility.pair(*self._programs.values())
-
     def _stage_of(self, claims: Mapping[str, Parameters]) -> Stage:
-        utilities = self._utility.stage(*self._programs.values()).utilities
+        utilities = {"decoder": self._pair.decoder, "encoder": self._pair.encoder}
         return Stage(self._programs, utilities, claims)
 
     def _found(self, own: Mapping[str, Own], example: Any) -> dict[str, Parameters]:

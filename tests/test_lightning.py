@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_symeq import Batch, SymmetricEquilibrium, SymmetricUtility, randomness
 from pyro_symeq.lightning import SymmetricModule
+from tests import lightning_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
@@ -467,19 +469,95 @@ class TestResumption:
         assert all(map(torch.equal, resumed, expected))
 
 
-class Plan(LightningModule):
-    """A plan as those of scvi-tools, which takes a differentiable loss of handled programs."""
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two processes have left that trained together, and the checkpoint."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, lightning_ranks.__file__, folder]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    left = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return left, folder / "last.ckpt"
 
-    def __init__(self, vae, loss):
+
+def in_step(vae, seed, steps):
+    """Takes steps of which two processes have a batch each, one process after the other."""
+    stage = SymmetricUtility().stage(vae.model, vae.guide)
+    for step, batches in enumerate(steps):
+        states = []
+        for rank in range(2):
+            randomness.seed(seed, rank, step)
+            states.append(randomness.get_state())
+        for name, network in (("decoder", vae.decoder), ("encoder", vae.encoder)):
+            gradients = []
+            for rank, x in enumerate(batches):
+                randomness.set_state(states[rank])
+                utility = stage.score(name, ((x,), {})).utility
+                states[rank] = randomness.get_state()
+                gradients.append(torch.autograd.grad(utility, [*network.parameters()]))
+            with torch.no_grad():
+                for leaf, one, other in zip(network.parameters(), *gradients, strict=True):
+                    leaf += 0.1 * (one + other) / 2
+
+
+@pytest.mark.slow
+class TestProcesses:
+    """Two processes that Lightning starts, which exchange gradients by gloo."""
+
+    def test_all_learn_the_same(self, ranks):
+        (one, other), _ = ranks
+        assert not torch.equal(one["start"]["decoder.weight"], other["start"]["decoder.weight"])
+        for name, start in one["start"].items():
+            assert torch.equal(one["end"][name], other["end"][name])
+            assert torch.equal(one["end"][name], start) == name.startswith("unused")
+
+    def test_dreams_differ(self, ranks):
+        (one, other), _ = ranks
+        dreams = zip(one["guided"][1::2], other["guided"][1::2], strict=True)
+        assert not any(torch.equal(a, b) for a, b in dreams)
+
+    def test_gradients_are_averages(self, ranks):
+        (one, other), path = ranks
+        torch.set_default_dtype(torch.float32)
+        vae = lightning_ranks.VAE()
+        vae.load_state_dict(one["start"])
+        seed = torch.load(path, weights_only=True)["symmetric_equilibrium"]["seed"]
+        batches = zip(one["guided"][::2], other["guided"][::2], strict=True)
+        in_step(vae, seed, batches)
+        for name, expected in vae.state_dict().items():
+            torch.testing.assert_close(one["end"][name], expected)
+
+    def test_steps_are_counted_and_utilities_are_averages(self, ranks):
+        (one, other), _ = ranks
+        assert one["steps"] == other["steps"] == [4, 4]
+        assert one["metrics"] == other["metrics"]
+        assert {"train/decoder", "val/encoder", "val/loss"} <= one["metrics"].keys()
+
+    def test_one_process_goes_on(self, ranks, tmp_path):
+        (one, _), path = ranks
+        torch.set_default_dtype(torch.float32)
+        vae = lightning_ranks.VAE()
+        module = lightning_ranks.module_of(vae)
+        alone = lightning_ranks.trainer(tmp_path, devices=1, max_epochs=3)
+        alone.fit(module, loader(lightning_ranks.data()), ckpt_path=path, weights_only=True)
+        assert module.num_steps == alone.global_step == 6
+        assert not torch.equal(vae.decoder.weight, one["end"]["decoder.weight"])
+
+
+class Plan(LightningModule):
+    """A plan as those of scvi-tools, which puts handlers around its programs in each step."""
+
+    def __init__(self, vae):
         super().__init__()
         self.module = vae
-        self.loss = loss
+        self.loss = SymmetricUtility()
 
     def training_step(self, batch, batch_idx):
-        scaled = pyro.poutine.scale(scale=0.25)
-        loss = self.loss.differentiable_loss(
-            scaled(self.module.model), scaled(self.module.guide), *batch
+        pyro.set_rng_seed(batch_idx)
+        model, guide = (
+            pyro.poutine.scale(program, 0.25) for program in (self.module.model, self.module.guide)
         )
+        loss = self.loss.differentiable_loss(model, guide, *batch)
         self.log("train_loss", loss)
         return {"loss": loss}
 
@@ -489,11 +567,17 @@ class Plan(LightningModule):
 
 def test_plans_take_differentiable_losses(tmp_path):
     vae, twin = twins()
-    plan = Plan(vae, SymmetricUtility())
-    pyro.set_rng_seed(0)
-    trainer(tmp_path, gradient_clip_val=10.0).fit(plan, DataLoader(TensorDataset(data()), 4))
-    assert not torch.equal(vae.decoder.weight, twin.decoder.weight)
-    assert not torch.equal(vae.encoder.weight, twin.encoder.weight)
+    batches = DataLoader(TensorDataset(data()), batch_size=1)
+    trainer(tmp_path).fit(Plan(vae), batches)
+    pyro.clear_param_store()
+    optimizer = torch.optim.Adam(twin.parameters(), lr=0.01)
+    objective = SymmetricUtility()(twin.model, twin.guide)
+    for number, (x,) in enumerate(batches):
+        pyro.set_rng_seed(number)
+        optimizer.zero_grad()
+        (objective(x) / 4).backward()
+        optimizer.step()
+    assert_equal(vae, twin)
 
 
 class TestMisuse:
