@@ -52,7 +52,7 @@ State = dict[str, Any]
 class SymmetricModule(LightningModule):
     r"""Learns a model and a guide as the two players of a game, by ``lightning.Trainer``.
 
-    A step of the trainer is a step of :class:`SymmetricEquilibrium`, with all moves of its
+    A step of the trainer is a step of :class:`~pyro_symeq.SymmetricEquilibrium`, with all moves of its
     schedule. It logs the utilities ``train/decoder`` and ``train/encoder`` and their loss
     ``train/loss``. Validation and test log the same under ``val/`` and ``test/``, without any move.
     All are what a step returns: nats, summed over the batch, and then means over batches and
@@ -67,16 +67,16 @@ class SymmetricModule(LightningModule):
         guide: The encoder's program, :math:`q_\varphi(z \mid x)`; it takes the model's arguments.
         optim: Makes an optimiser of PyTorch for a list of parameters, such as
             ``partial(torch.optim.Adam, lr=1e-3)``; or a pair, the decoder's and the encoder's.
-        loss: The utilities, with ``bind=`` and the other options of :class:`SymmetricUtility`.
+        loss: The utilities, with ``bind=`` and the other options of :class:`~pyro_symeq.SymmetricUtility`.
         example: A batch as the data loader gives it, with few rows perhaps. Both programs run on
             it on the side, so that it is known which parameters are whose. If batches are of several
             kinds, it needs all of them.
         parameters: Modules whose parameters are the ``"decoder"``'s or the ``"encoder"``'s own, as
-            in :class:`SymmetricEquilibrium`; if both are given, there need be no example.
+            in :class:`~pyro_symeq.SymmetricEquilibrium`; if both are given, there need be no example.
         scheduler: Makes a learning rate scheduler, or what Lightning takes for one (a dict with
             ``"scheduler"``, ``"interval"``, ``"monitor"``), for the optimiser of both players. It
             has a group of parameters for each, ``"decoder"`` and ``"encoder"``.
-        updates: See :class:`SymmetricEquilibrium`, as for what follows.
+        updates: See :class:`~pyro_symeq.SymmetricEquilibrium`, as for what follows.
         decoder_steps: How often the decoder moves in a step.
         encoder_steps: How often the encoder does.
         encoder_warmup: In how many first steps the encoder alone moves.
@@ -87,7 +87,7 @@ class SymmetricModule(LightningModule):
 
     Raises:
         TypeError: ``optim`` is neither a function nor a pair of functions, or ``loss`` is no
-            :class:`SymmetricUtility`.
+            :class:`~pyro_symeq.SymmetricUtility`.
         ValueError: The pair can't learn from such a batch, it isn't known which parameters are
             whose, a program uses a network that isn't found, or an option has a value that it
             can't have.
@@ -157,7 +157,7 @@ class SymmetricModule(LightningModule):
                 the only one.
 
         Returns:
-            Arguments and keyword arguments, or one :class:`Batch` or several as arguments.
+            Arguments and keyword arguments, or one :class:`~pyro_symeq.Batch` or several as arguments.
         """
         if isinstance(batch, Mapping):
             return (), dict(batch)
@@ -388,7 +388,7 @@ class SymmetricModule(LightningModule):
     def _take_over(self, found: Iterable[Parameters]) -> bool:
         """Makes parameters of ``pyro.param`` those of this module, too; whether there were any."""
         held = set(self.parameters())
-        new = {
+        new: Parameters = {
             name: leaf if isinstance(leaf, nn.Parameter) else nn.Parameter(leaf.detach())
             for own in found
             for name, leaf in own.items()
@@ -404,7 +404,7 @@ class SymmetricModule(LightningModule):
         Raises:
             ValueError: The module doesn't hold some.
         """
-        names = {leaf: name for name, leaf in self.named_parameters()}
+        names: dict[Tensor, str] = {leaf: name for name, leaf in self.named_parameters()}
         own = [pair for parameters in found.values() for pair in parameters.items()]
         if strangers := sorted(name for name, leaf in own if leaf not in names):
             raise ValueError(

@@ -187,8 +187,7 @@ class SymmetricUtility(ELBO):
         if not torch.is_grad_enabled():
             return -torch.stack(self._utilities(model, guide, (args, kwargs))).sum()
         utilities, gradients = self._gradients(model, guide, (args, kwargs))
-        loss = -sum(utilities)
-        return attach(loss, gradients)
+        return attach(-torch.stack(utilities).sum(), gradients)
 
     def _utilities(self, model: Program, guide: Program, call: Call) -> list[Tensor]:
         stage = self.stage(model, guide)
