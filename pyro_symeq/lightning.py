@@ -1,10 +1,11 @@
 r"""Trains a model and a guide with PyTorch Lightning.
 
-Lightning takes one step of one optimiser for each batch. Here the players move within that step in
-turn, each by an optimiser of its own: the decoder along :math:`\nabla_\theta L_p`, then the encoder
-along :math:`\nabla_\varphi L_q` against the new decoder. For each turn the step asks Lightning for
-gradients once more, as line searches do. So all that Lightning does about gradients and steps
-(clipping, accumulation, precision, means over processes, schedulers, counting) is as ever.
+Lightning takes one step of one optimiser for each batch. Here the players move within that step
+in turn, each by an optimiser of its own: the decoder along :math:`\nabla_\theta L_p`, then the
+encoder along :math:`\nabla_\varphi L_q` against the new decoder. For each turn the step asks
+Lightning for gradients once more, as line searches do. So all that Lightning does about gradients
+and steps (clipping, accumulation, precision, means over processes, schedulers, counting) is as
+ever.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,11 +53,11 @@ State = dict[str, Any]
 class SymmetricModule(LightningModule):
     r"""Learns a model and a guide as the two players of a game, by ``lightning.Trainer``.
 
-    A step of the trainer is a step of :class:`~pyro_symeq.SymmetricEquilibrium`, with all moves of its
-    schedule. It logs the utilities ``train/decoder`` and ``train/encoder`` and their loss
-    ``train/loss``. Validation and test log the same under ``val/`` and ``test/``, without any move.
-    All are what a step returns: nats, summed over the batch, and then means over batches and
-    processes.
+    A step of the trainer is a step of :class:`~pyro_symeq.SymmetricEquilibrium`, with all moves
+    of its schedule. It logs the utilities ``train/decoder`` and ``train/encoder`` and the loss
+    ``train/loss``. Validation and test log the same under ``val/`` and ``test/``, and nothing
+    moves. All are what a step returns, nats summed over the batch: means over processes and, in
+    validation and test, over batches.
 
     Networks are found where the programs are: ``model`` and ``guide`` are modules or methods of
     modules, or their networks are in ``parameters=``. Parameters of ``pyro.param`` are taken over
@@ -67,12 +68,14 @@ class SymmetricModule(LightningModule):
         guide: The encoder's program, :math:`q_\varphi(z \mid x)`; it takes the model's arguments.
         optim: Makes an optimiser of PyTorch for a list of parameters, such as
             ``partial(torch.optim.Adam, lr=1e-3)``; or a pair, the decoder's and the encoder's.
-        loss: The utilities, with ``bind=`` and the other options of :class:`~pyro_symeq.SymmetricUtility`.
+        loss: The utilities, with ``bind=`` and the other options of
+            :class:`~pyro_symeq.SymmetricUtility`.
         example: A batch as the data loader gives it, with few rows perhaps. Both programs run on
-            it on the side, so that it is known which parameters are whose. If batches are of several
-            kinds, it needs all of them.
+            it on the side, so that it is known which parameters are whose. If batches are of
+            several kinds, it needs all of them.
         parameters: Modules whose parameters are the ``"decoder"``'s or the ``"encoder"``'s own, as
-            in :class:`~pyro_symeq.SymmetricEquilibrium`; if both are given, there need be no example.
+            in :class:`~pyro_symeq.SymmetricEquilibrium`; if both are given, there need be no
+            example.
         scheduler: Makes a learning rate scheduler, or what Lightning takes for one (a dict with
             ``"scheduler"``, ``"interval"``, ``"monitor"``), for the optimiser of both players. It
             has a group of parameters for each, ``"decoder"`` and ``"encoder"``.
@@ -150,14 +153,15 @@ class SymmetricModule(LightningModule):
         self._stage = self._stage_of(self._own)
 
     def arguments(self, batch: Any) -> Call:
-        """What model and guide take, for a batch of the data loader; override it for other batches.
+        """What model and guide take for a batch of the loader; override it for other batches.
 
         Args:
             batch: A mapping gives keyword arguments, a list or tuple gives arguments, all else is
                 the only one.
 
         Returns:
-            Arguments and keyword arguments, or one :class:`~pyro_symeq.Batch` or several as arguments.
+            Arguments and keyword arguments; instead of arguments, one :class:`~pyro_symeq.Batch`
+            or several.
         """
         if isinstance(batch, Mapping):
             return (), dict(batch)
@@ -328,7 +332,7 @@ class SymmetricModule(LightningModule):
             yield
 
     def _look(self, parts: Sequence[Batch]) -> None:
-        """Looks at the information in the latents, where it matters; for all, the first process."""
+        """Looks at the information in the latents, where it matters; the first process decides."""
         steps = self.num_steps
         if self._code.may_begin(steps):
             self._code.begin(steps, self._information(parts, are_coded=True))
@@ -479,7 +483,7 @@ def _made(optim: Optim, parameters: list[Tensor]) -> Optimizer:
     optimizer = optim(parameters)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"Expected optim to make an optimiser of PyTorch, got {type(optimizer).__name__}. Give "
-            "partial(torch.optim.Adam, lr=1e-3), say."
+            f"Expected optim to make an optimiser of PyTorch, got {type(optimizer).__name__}. "
+            "Give partial(torch.optim.Adam, lr=1e-3), say."
         )
     return optimizer

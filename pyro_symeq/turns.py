@@ -11,8 +11,8 @@ Turns = Callable[[], Iterator[tuple[str, ...]]]
 class TurnsOptimizer(Optimizer):
     """The optimisers of several players as one, with a group of parameters for each of them.
 
-    They share its parameter groups and its state. So learning rate schedulers and checkpoints treat
-    it like any other optimiser, and ``"name"`` tells whose a group is.
+    They share its parameter groups and its state. So learning rate schedulers and checkpoints
+    treat it like any other optimiser, and ``"name"`` tells whose a group is.
 
     Args:
         optimizers: The optimisers, by the names of the players.

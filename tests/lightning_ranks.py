@@ -62,13 +62,13 @@ def trainer(folder, **options):
 
 def main(folder):
     pyro.set_rng_seed(0)
-    ranks = trainer(folder, devices=2, strategy="ddp", max_epochs=2)
+    ranks = trainer(folder, devices=2, strategy="ddp", max_epochs=2, accumulate_grad_batches=2)
     torch.manual_seed(ranks.global_rank)  # Lightning gives all the parameters of the first
     vae = VAE()
     module = module_of(vae)
     start = {name: x.clone() for name, x in vae.state_dict().items()}
     vae.guided.clear()
-    ranks.fit(module, DataLoader(data(), batch_size=2), DataLoader(data(), batch_size=2))
+    ranks.fit(module, DataLoader(data(), batch_size=1), DataLoader(data(), batch_size=2))
     ranks.save_checkpoint(folder / "last.ckpt")
     left = {
         "start": start,

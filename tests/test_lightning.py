@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -19,6 +20,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 from lightning.pytorch.loggers import CSVLogger
+from pyro.nn import PyroModule, PyroParam
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -271,6 +273,38 @@ def test_statements_of_parameters_learn_and_are_saved(tmp_path):
         assert pyro.param("slope").item() == pytest.approx(slope)
 
 
+class Scales(PyroModule):
+    """A pair of Pyro's modules, with a parameter that is positive."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = PyroModule[nn.Linear](2, 4)
+        self.encoder = PyroModule[nn.Linear](4, 2)
+        self.scale = PyroParam(torch.ones(4), constraint=dist.constraints.positive)
+
+    def forward(self, x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(x.new_full((2,), 0.5)).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), self.scale).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=self.encoder(x)).to_event(1))
+
+
+def test_pyro_modules(tmp_path):
+    pair, x = Scales(), torch.randn(8, 4)
+    module = SymmetricModule(pair, pair.guide, Adam, example=x)
+    before = {name: value.clone() for name, value in pair.named_parameters()}
+    trainer(tmp_path).fit(module, loader(x))
+    assert [*module.networks] == [pair] and not module.statements
+    assert not any(torch.equal(before[name], value) for name, value in pair.named_parameters())
+    assert before.keys() == {
+        *(f"{net}.{part}" for net in ("decoder", "encoder") for part in ("weight", "bias")),
+        "scale_unconstrained",
+    }
+
+
 class Mixed(SymmetricModule):
     def arguments(self, batch):
         return (Batch(*batch["labelled"]).weighted(2.0), Batch(batch["unlabelled"][0])), {}
@@ -481,18 +515,19 @@ def ranks(tmp_path_factory):
 
 
 def in_step(vae, seed, steps):
-    """Takes steps of which two processes have a batch each, one process after the other."""
+    """Takes steps of which two processes have two batches each, one process after the other."""
     stage = SymmetricUtility().stage(vae.model, vae.guide)
-    for step, batches in enumerate(steps):
+    for step, ranks in enumerate(steps):
         states = []
         for rank in range(2):
             randomness.seed(seed, rank, step)
             states.append(randomness.get_state())
         for name, network in (("decoder", vae.decoder), ("encoder", vae.encoder)):
             gradients = []
-            for rank, x in enumerate(batches):
+            for rank, rows in enumerate(ranks):
                 randomness.set_state(states[rank])
-                utility = stage.score(name, ((x,), {})).utility
+                batches = tuple(Batch(x).weighted(0.5) for x in rows)
+                utility = stage.score(name, (batches, {})).utility
                 states[rank] = randomness.get_state()
                 gradients.append(torch.autograd.grad(utility, [*network.parameters()]))
             with torch.no_grad():
@@ -513,8 +548,11 @@ class TestProcesses:
 
     def test_dreams_differ(self, ranks):
         (one, other), _ = ranks
-        dreams = zip(one["guided"][1::2], other["guided"][1::2], strict=True)
-        assert not any(torch.equal(a, b) for a, b in dreams)
+        dreams, others = (
+            torch.stack(left["guided"]).view(4, 2, 2, 6)[:, 1] for left in (one, other)
+        )
+        assert not torch.equal(dreams, others)
+        assert torch.equal(dreams, dreams.round()) and torch.equal(others, others.round())
 
     def test_gradients_are_averages(self, ranks):
         (one, other), path = ranks
@@ -522,8 +560,8 @@ class TestProcesses:
         vae = lightning_ranks.VAE()
         vae.load_state_dict(one["start"])
         seed = torch.load(path, weights_only=True)["symmetric_equilibrium"]["seed"]
-        batches = zip(one["guided"][::2], other["guided"][::2], strict=True)
-        in_step(vae, seed, batches)
+        rows = [torch.stack(left["guided"]).view(4, 2, 2, 1, 6)[:, 0] for left in (one, other)]
+        in_step(vae, seed, zip(*rows, strict=True))
         for name, expected in vae.state_dict().items():
             torch.testing.assert_close(one["end"][name], expected)
 
@@ -623,6 +661,12 @@ class TestMisuse:
             TypeError, match="Expected loss to be a SymmetricUtility, got Trace_ELBO"
         ):
             SymmetricModule(vae.model, vae.guide, SGD, pyro.infer.Trace_ELBO(), example=data())
+
+    def test_other_strategies(self):
+        module = module_of(VAE())
+        module._trainer = SimpleNamespace(strategy=object())
+        with pytest.raises(ValueError, match="Expected a strategy for one device, .* got object"):
+            module.setup("fit")
 
     def test_nothing_to_learn(self):
         vae = VAE().requires_grad_(False).eval()
