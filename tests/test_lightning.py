@@ -98,7 +98,7 @@ def seeded(seed=0):
 
 
 def reference(vae, seed, steps, **options):
-    """Takes steps of ``SymmetricEquilibrium`` with the draws of a trainer, and returns the losses."""
+    """Takes steps of ``SymmetricEquilibrium`` with the draws of a trainer; returns the losses."""
     pyro.clear_param_store()
     symeq = SymmetricEquilibrium(vae.model, vae.guide, pyro.optim.SGD({"lr": 0.01}), **options)
     losses = []
