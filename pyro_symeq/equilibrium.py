@@ -12,7 +12,7 @@ and each player climbs its own utility towards it: :math:`\theta` along :math:`\
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
 from typing import Any, Literal, cast
@@ -130,18 +130,11 @@ class SymmetricEquilibrium(Game):
         capture: Captures = False,
         process_group: Group = None,
     ) -> None:
-        if updates not in ("alternating", "simultaneous"):
-            raise ValueError(f"Expected updates='alternating' or 'simultaneous', got {updates!r}.")
-        check_count("decoder_steps", decoder_steps, at_least=1)
-        check_count("encoder_steps", encoder_steps, at_least=1)
+        moves = schedule(updates, decoder_steps, encoder_steps)
         check_count("encoder_warmup", encoder_warmup, at_least=0)
         check_count("code_warmup", code_warmup, at_least=0)
         check_count("watch", watch, at_least=0)
-        own = parameters or {}
-        if unknown := own.keys() - {"decoder", "encoder"}:
-            raise ValueError(
-                f"parameters= names {sorted(unknown)}; the players are 'decoder' and 'encoder'."
-            )
+        own = whose(parameters)
         self.model = model
         self.guide = guide
         self.optim = optim
@@ -152,6 +145,7 @@ class SymmetricEquilibrium(Game):
         self.code_warmup = code_warmup
         self.watch = watch
         self._code = CodeWarmup(code_warmup)
+        self._pair = self.utility.pair(model, guide)
         utilities = self.utility.stage(model, guide).utilities
         decoder, encoder = _pair_of_optims(optim)
         super().__init__(
@@ -159,7 +153,7 @@ class SymmetricEquilibrium(Game):
                 Player("decoder", model, decoder, utilities["decoder"], own.get("decoder")),
                 Player("encoder", guide, encoder, utilities["encoder"], own.get("encoder")),
             ],
-            updates=list(_schedule(updates, decoder_steps, encoder_steps)),
+            updates=moves,
             capture=capture,
             process_group=process_group,
         )
@@ -189,12 +183,11 @@ class SymmetricEquilibrium(Game):
                 has moved then; with Pyro's validation off, the decoder may have. On a GPU, with
                 validation off, what is not finite is told when the loss is read.
         """
-        pair = self.utility.pair(self.model, self.guide)
-        pair.code_weight = self._code.weight(self.num_steps)
+        self._pair.code_weight = self._code.weight(self.num_steps)
         try:
             loss = cast(SymmetricLoss, super().step(*args, **kwargs))
         finally:
-            pair.code_weight = 0.0
+            self._pair.code_weight = 0.0
         self._look((args, kwargs), loss)
         return loss
 
@@ -238,9 +231,10 @@ class SymmetricEquilibrium(Game):
 
     def _own_information(self, call: Call, are_coded: bool) -> dict[str, Tensor]:
         """The information in latents about this rank's rows."""
-        pair, play = self.utility.pair(self.model, self.guide), self._stage.play()
+        play = self._stage.play()
         found = (
-            pair.information(play, batch.call, NUM_DRAWS, are_coded) for batch in batches(call)
+            self._pair.information(play, batch.call, NUM_DRAWS, are_coded)
+            for batch in batches(call)
         )
         return next(filter(None, found), {})
 
@@ -265,13 +259,40 @@ def _means(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def _schedule(updates: str, decoder_steps: int, encoder_steps: int) -> Iterator[tuple[str, ...]]:
+def schedule(updates: str, decoder_steps: int, encoder_steps: int) -> list[tuple[str, ...]]:
+    """The moves of a step in order, each with the players that move at once.
+
+    Args:
+        updates: See :class:`SymmetricEquilibrium`.
+        decoder_steps: Likewise.
+        encoder_steps: Likewise.
+
+    Raises:
+        ValueError: One of them has a value that it can't have.
+    """
+    if updates not in ("alternating", "simultaneous"):
+        raise ValueError(f"Expected updates='alternating' or 'simultaneous', got {updates!r}.")
+    check_count("decoder_steps", decoder_steps, at_least=1)
+    check_count("encoder_steps", encoder_steps, at_least=1)
     decoder, encoder = ["decoder"] * decoder_steps, ["encoder"] * encoder_steps
     if updates == "alternating":
-        yield from ((name,) for name in decoder + encoder)
-    else:
-        for names in zip_longest(decoder, encoder):
-            yield tuple(name for name in names if name is not None)
+        return [(name,) for name in decoder + encoder]
+    together = zip_longest(decoder, encoder)
+    return [tuple(name for name in names if name is not None) for names in together]
+
+
+def whose(parameters: Mapping[str, Own] | None) -> Mapping[str, Own]:
+    """What players claim, by their names.
+
+    Raises:
+        ValueError: There is no such player.
+    """
+    own = parameters or {}
+    if unknown := own.keys() - {"decoder", "encoder"}:
+        raise ValueError(
+            f"parameters= names {sorted(unknown)}; the players are 'decoder' and 'encoder'."
+        )
+    return own
 
 
 def _utility(loss: Any, bind: Bind | None, supervise_encoder: bool) -> SymmetricUtility:

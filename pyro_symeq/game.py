@@ -210,7 +210,7 @@ class Game:
         self._stage = Stage(
             {player.name: player.program for player in self.players},
             {player.name: player.utility for player in self.players if player.utility},
-            _claims(self.players),
+            claims_of(self.players),
         )
         self.capture = capture
         self._capture = Capture(self._stage, capture == "compile") if capture else None
@@ -636,7 +636,13 @@ def _by_name(players: Iterable[Player]) -> dict[str, Player]:
     return by_name
 
 
-def _claims(players: Iterable[Player]) -> dict[str, Parameters]:
+def claims_of(players: Iterable[Player]) -> dict[str, Parameters]:
+    """The parameters of those players that claim some.
+
+    Raises:
+        TypeError: What a player claims are no named parameters.
+        ValueError: They can't be trained, or two players claim one of them.
+    """
     claims = {player.name: own for player in players if (own := player.claims()) is not None}
     owner: dict[Tensor, str] = {}
     for name, own in claims.items():

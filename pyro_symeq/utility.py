@@ -35,6 +35,8 @@ from pyro_symeq.rehearsal import Bind
 
 __all__ = ["SymmetricUtility"]
 
+NUM_KEPT = 8  # pairs: handlers that are put around programs in each step make new ones
+
 
 class _Attach(torch.autograd.Function):
     """Gives a value gradients that are already known."""
@@ -48,6 +50,16 @@ class _Attach(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return None, None, *(upstream * gradient for gradient in ctx.saved_tensors)
+
+
+def attach(value: Tensor, gradients: Mapping[Tensor, Tensor]) -> Tensor:
+    """Gives a value gradients that are already known.
+
+    Args:
+        value: The value.
+        gradients: Its gradients by leaf.
+    """
+    return _Attach.apply(value, list(gradients.values()), *gradients)
 
 
 class SymmetricUtility(ELBO):
@@ -154,6 +166,8 @@ class SymmetricUtility(ELBO):
 
     def _on_stage(self, model: Program, guide: Program) -> tuple[Pair, Stage]:
         if (model, guide) not in self._known:
+            if len(self._known) >= NUM_KEPT:
+                self._known.clear()
             pair = Pair(model, guide, self.bind, self.supervise_encoder, self.draws)
             utilities = {"decoder": pair.decoder, "encoder": pair.encoder}
             stage = Stage({"decoder": model, "encoder": guide}, utilities)
@@ -183,8 +197,7 @@ class SymmetricUtility(ELBO):
         if not torch.is_grad_enabled():
             return -torch.stack(self._utilities(model, guide, (args, kwargs))).sum()
         utilities, gradients = self._gradients(model, guide, (args, kwargs))
-        loss = -sum(utilities)
-        return _Attach.apply(loss, list(gradients.values()), *gradients)
+        return attach(-torch.stack(utilities).sum(), gradients)
 
     def _utilities(self, model: Program, guide: Program, call: Call) -> list[Tensor]:
         stage = self.stage(model, guide)

@@ -1,6 +1,8 @@
 """The utilities and their gradients, against enumeration."""
 
+import gc
 import pickle
+import weakref
 
 import pyro
 import pytest
@@ -216,3 +218,15 @@ def test_traces_are_those_of_the_wake_pass():
     model_trace, guide_trace = SymmetricUtility()._get_trace(ladder.model, ladder.guide, (X,), {})
     for name in ("z0", "z1"):
         assert model_trace.nodes[name]["value"] is guide_trace.nodes[name]["value"]
+
+
+def test_programs_of_former_steps_are_not_kept():
+    ladder, utility = Ladder(), SymmetricUtility()
+    programs = []
+    for _ in range(20):
+        model, guide = (pyro.poutine.scale(f, 0.5) for f in (ladder.model, ladder.guide))
+        utility.differentiable_loss(model, guide, x=X)
+        programs += [weakref.ref(model), weakref.ref(guide)]
+    del model, guide
+    gc.collect()
+    assert sum(program() is not None for program in programs) <= 16
