@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_symeq.checks import check_count
 from pyro_symeq.conditionals import Conditionals, State, block_name
-from pyro_symeq.game import Captures, Game, Player, Updates, by_player
+from pyro_symeq.game import Captures, Game, Nonfinite, Player, Updates, by_player
 from pyro_symeq.play import Play, refuse_reserved
 from pyro_symeq.weights import Weights, full_weights
 
@@ -41,6 +41,7 @@ def conditional_game(
     weights: Weights | None = None,
     updates: Updates = "alternating",
     capture: Captures = False,
+    nonfinite: Nonfinite = "raise",
 ) -> Game:
     r"""Makes a game of conditional programs, with a player for each block of variables.
 
@@ -61,6 +62,7 @@ def conditional_game(
         updates: See :class:`Game`.
         capture: See :class:`Game`. Who needs Gibbs rounds isn't captured, since a draw tells with
             which block a round begins.
+        nonfinite: See :class:`Game`.
 
     Raises:
         TypeError: ``optim`` is no optimiser.
@@ -97,7 +99,7 @@ def conditional_game(
     ]
     if conditionals.prior is not None:
         players.append(Player(PRIOR, conditionals.prior))
-    return Game(players, updates=updates, capture=capture)
+    return Game(players, updates=updates, capture=capture, nonfinite=nonfinite)
 
 
 class _Formulas:

@@ -24,7 +24,7 @@ from torch import Tensor
 from pyro_symeq import passes
 from pyro_symeq.binding import Program, equal, open_parameters
 from pyro_symeq.draws import Draws
-from pyro_symeq.game import Captures, Game, Player, Updates, by_player
+from pyro_symeq.game import Captures, Game, Nonfinite, Player, Updates, by_player
 from pyro_symeq.pair import Pair
 from pyro_symeq.play import Play, Utility, refuse_reserved
 from pyro_symeq.rehearsal import aside
@@ -43,6 +43,7 @@ def data_exchange_game(
     *,
     updates: Updates = "alternating",
     capture: Captures = False,
+    nonfinite: Nonfinite = "raise",
 ) -> Game:
     r"""Makes a game of generative models that exchange dreams.
 
@@ -63,6 +64,7 @@ def data_exchange_game(
             Those left out of a row are 0; left out altogether, all are equal.
         updates: See :class:`Game`.
         capture: See :class:`Game`.
+        nonfinite: See :class:`Game`.
 
     Raises:
         TypeError: ``models`` are no programs, or ``optim`` is no optimiser.
@@ -95,7 +97,7 @@ def data_exchange_game(
         for name, member in exchange.members.items()
         for player, program, score in member.players()
     ]
-    return Game(players, updates=updates, capture=capture)
+    return Game(players, updates=updates, capture=capture, nonfinite=nonfinite)
 
 
 class _Member:

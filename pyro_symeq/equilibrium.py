@@ -11,6 +11,7 @@ and each player climbs its own utility towards it: :math:`\theta` along :math:`\
 :math:`\varphi` along :math:`\nabla_\varphi L_q`.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
@@ -23,7 +24,7 @@ from torch import Tensor
 from pyro_symeq.batch import batches
 from pyro_symeq.binding import Call, Program
 from pyro_symeq.checks import check_count
-from pyro_symeq.game import Captures, Game, Own, Player
+from pyro_symeq.game import Captures, Game, Nonfinite, Own, Player
 from pyro_symeq.loss import SymmetricLoss
 from pyro_symeq.rehearsal import Bind
 from pyro_symeq.strategy import State
@@ -70,6 +71,10 @@ class SymmetricEquilibrium(Game):
             tensor. What can't be recorded runs as ever, with a warning that says why.
             ``"compile"`` gives recordings to ``torch.compile``, too, which takes ten seconds or
             more for each kind of batch and merges operations into fewer kernels.
+        nonfinite: What happens at a batch at which a utility is NaN or infinite. ``"raise"``: a
+            ``ValueError``. ``"skip"``: nothing moves, a warning tells why, the loss is NaN, and the
+            step counts; so it is where a gradient is not finite. Each step waits for the device
+            then, and the decoder is copied before it moves.
 
     Raises:
         TypeError: ``optim`` is neither a ``PyroOptim`` nor a pair of them.
@@ -116,6 +121,7 @@ class SymmetricEquilibrium(Game):
         watch: int = 0,
         parameters: Mapping[str, Own] | None = None,
         capture: Captures = False,
+        nonfinite: Nonfinite = "raise",
     ) -> None:
         if updates not in ("alternating", "simultaneous"):
             raise ValueError(f"Expected updates='alternating' or 'simultaneous', got {updates!r}.")
@@ -148,6 +154,7 @@ class SymmetricEquilibrium(Game):
             ],
             updates=list(_schedule(updates, decoder_steps, encoder_steps)),
             capture=capture,
+            nonfinite=nonfinite,
         )
         self.updates = updates
 
@@ -199,17 +206,20 @@ class SymmetricEquilibrium(Game):
     def state_dict(self) -> State:  # noqa: D102
         return {**super().state_dict(), "code_begun": self._code.begun}
 
-    def load_state_dict(self, state: State) -> None:  # noqa: D102
+    def load_state_dict(self, state: State, /, *args: Any, **kwargs: Any) -> None:  # noqa: D102
         code = CodeWarmup(self.code_warmup)
         if isinstance(state, Mapping):
             code.load(state.get("code_begun"))
             state = {key: value for key, value in state.items() if key != "code_begun"}
-        super().load_state_dict(state)
+        super().load_state_dict(state, *args, **kwargs)
         self._code = code
 
     def _look(self, call: Call, loss: SymmetricLoss) -> None:
         """Looks at the information in the latents, where it is wanted or matters."""
         steps = self.num_steps
+        if self.nonfinite == "skip" and math.isnan(loss):
+            self._code.put_off(steps)
+            return
         if self.watch > 0 and steps % self.watch == 0:
             loss.information = self._information(call)
         if self._code.may_begin(steps):
