@@ -5,8 +5,10 @@ all of it is on the disk. A process that dies, or a disk that is full, leaves th
 is read are tensors, numbers, strings and containers of such.
 """
 
+import glob
 import os
 import secrets
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +24,7 @@ State = dict[str, Any]
 Name = str | os.PathLike[str]
 
 TAG, VERSION = "pyro_symeq", 1
+LEFT_AFTER = 3600  # seconds in which nobody has written
 
 
 def save(path: Name, state: Mapping[str, Any]) -> None:
@@ -95,13 +98,14 @@ def replaced(path: Name) -> Iterator[BinaryIO]:
     """A file to write to, which then takes the place of another at once.
 
     It lies in the same folder and is on the disk before it does. If anything fails, it is removed
-    and the other is as it was.
+    and the other is as it was. What processes that were killed have left is removed an hour later.
 
     Args:
         path: The file that is replaced; a link leads to it.
     """
     target = Path(path).resolve()
     temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
+    _remove_left(target)
     try:
         with open(temporary, "x+b") as file:
             yield file
@@ -113,6 +117,14 @@ def replaced(path: Name) -> Iterator[BinaryIO]:
             temporary.unlink()
         raise
     _sync(target.parent)
+
+
+def _remove_left(target: Path) -> None:
+    """Removes what processes that died while they wrote a file have left."""
+    for temporary in target.parent.glob(f"{glob.escape(target.name)}.{'[0-9a-f]' * 8}.tmp"):
+        with suppress(OSError):
+            if time.time() - temporary.stat().st_mtime > LEFT_AFTER:
+                temporary.unlink()
 
 
 def _sync(folder: Path) -> None:

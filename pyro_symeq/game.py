@@ -32,7 +32,7 @@ from pyro_symeq.capture import Capture, Occasion
 from pyro_symeq.graphs import Rounds, StepGraphs
 from pyro_symeq.interrupts import Shield
 from pyro_symeq.loss import GameLoss, loss_of
-from pyro_symeq.nonfinite import NotFinite, is_of_nonfinite
+from pyro_symeq.nonfinite import NotFiniteError, is_of_nonfinite
 from pyro_symeq.ownership import NOTHING_TO_LEARN, Parameters
 from pyro_symeq.play import Ascent, Score, Stage, Utility, ascent, is_awaited
 from pyro_symeq.recording import CannotRecord
@@ -551,11 +551,11 @@ class Game:
         """Where a player goes from where it stands.
 
         Raises:
-            NotFinite: It isn't to go there.
+            NotFiniteError: It isn't to go there.
         """
         way = ascent(partial(self._score, name), call)
         if self.nonfinite == "skip" and not math.isfinite(way.utility.item()):
-            raise NotFinite(
+            raise NotFiniteError(
                 f"The utility of the {name} or its gradient is not finite. Look for values that "
                 "overflow, and for gradients at points where there are none."
             )

@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 from pyro_symeq.tracing import tensors
 
 
-class NotFinite(ValueError):
+class NotFiniteError(ValueError):
     """Data, a utility or a gradient that is NaN or infinite."""
 
 
@@ -19,7 +19,7 @@ def is_of_nonfinite(error: BaseException | None) -> bool:
     Distributions refuse NaN by errors of several kinds, and samplers by others. It tells that the
     distribution where it came up is made of NaN, or was given a value that is not finite.
     """
-    if error is None or isinstance(error, NotFinite):
+    if error is None or isinstance(error, NotFiniteError):
         return error is not None
     frames = (frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(map(_meets_nonfinite, frames)) or is_of_nonfinite(error.__context__)

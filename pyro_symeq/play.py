@@ -23,7 +23,7 @@ from torch import Tensor
 from pyro_symeq import passes
 from pyro_symeq.batch import batches
 from pyro_symeq.binding import Call, Program, leaves, put
-from pyro_symeq.nonfinite import NotFinite
+from pyro_symeq.nonfinite import NotFiniteError
 from pyro_symeq.ownership import Owners, Parameters
 from pyro_symeq.tracing import Record, tensors
 
@@ -174,7 +174,7 @@ class Play:
                 for scored, name, value in self.log_probs
                 if not torch.isfinite(value)
             }
-            raise NotFinite(
+            raise NotFiniteError(
                 f"Expected a finite utility of the {player}, got {utility.item()} from these "
                 f"log-probabilities (nats): {sites}. Look for NaN in the data, for values outside "
                 "the support of these sites, and for a learning rate that is too large."

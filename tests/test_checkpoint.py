@@ -6,6 +6,7 @@ import pickle
 import resource
 import stat
 import subprocess
+import time
 import zipfile
 from contextlib import contextmanager
 
@@ -109,6 +110,18 @@ def test_a_file_is_written_as_others_are(path):
     checkpoint.save(link, {"name": "b"})
     assert link.is_symlink()
     assert checkpoint.load(path) == {"name": "b"}
+
+
+def test_what_killed_processes_have_left_is_removed_later(path):
+    left = {name: path.with_name(name) for name in ("run.pt.0123abcd.tmp", "run.pt.89ef4567.tmp")}
+    others = [path.with_name(name) for name in ("run.pt.notes.tmp", "other.pt.0123abcd.tmp")]
+    for file in [*left.values(), *others]:
+        file.write_bytes(b"half")
+    old = time.time() - 3700
+    for file in [left["run.pt.0123abcd.tmp"], *others]:
+        os.utime(file, (old, old))
+    checkpoint.save(path, STATE)
+    assert {*names(path)} == {"run.pt", "run.pt.89ef4567.tmp", *(file.name for file in others)}
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 100, 1000, 3000, 5000])

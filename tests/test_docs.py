@@ -160,6 +160,7 @@ PAGES = [
     "semi_supervised.md",
     "collapse.md",
     "cost.md",
+    "failures.md",
     "games.md",
     "implicit_priors.md",
     "metrics.md",
@@ -177,7 +178,7 @@ def test_the_programs_of_a_page_run(page, tmp_path):
     file = tmp_path / "program.py"
     file.write_text(blocks["python"], encoding="utf-8")
     command = [sys.executable, "-W", "error", file]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.returncode == 0, result.stderr
     for line in blocks["text"].split("\n"):
         assert line in result.stdout
