@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import partial
+from functools import cached_property, partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -85,10 +85,12 @@ class Lesson:
     has_gradient: Sequence[bool]
     num_changes: int
 
-    @property
-    def modules(self) -> Iterator[nn.Module]:
-        """The modules whose forward passes are in it."""
-        return (module for module, _ in self.recording.modules)
+    @cached_property
+    def buffers(self) -> list[Tensor]:
+        """The buffers of modules that it reads, and may change."""
+        used = {id(x) for x in self.recording.sources}
+        modules = (module for module, _ in self.recording.modules)
+        return [x for m in modules for x in m.buffers(recurse=False) if id(x) in used]
 
     @property
     def is_on_cuda(self) -> bool:

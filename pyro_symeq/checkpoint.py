@@ -21,13 +21,12 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 __all__ = ["load", "replaced", "save"]
 
 State = dict[str, Any]
-Name = str | os.PathLike[str]
 
 TAG, VERSION = "pyro_symeq", 1
 LEFT_AFTER = 3600  # seconds in which nobody has written
 
 
-def save(path: Name, state: Mapping[str, Any]) -> None:
+def save(path: str | Path, state: Mapping[str, Any]) -> None:
     """Writes a state to a file; until all of it is there, the former file is.
 
     Args:
@@ -59,7 +58,7 @@ def save(path: Name, state: Mapping[str, Any]) -> None:
         raise OSError(f"Can't write {path}: {reason}. What was there is as it was.") from error
 
 
-def load(path: Name) -> State:
+def load(path: str | Path) -> State:
     """Reads a state from a file, onto the CPU; nothing in the file can run.
 
     Args:
@@ -94,7 +93,7 @@ def load(path: Name) -> State:
 
 
 @contextmanager
-def replaced(path: Name) -> Iterator[BinaryIO]:
+def replaced(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write to, which then takes the place of another at once.
 
     It lies in the same folder and is on the disk before it does. If anything fails, it is removed
@@ -137,7 +136,7 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _check_whole(path: Name, file: BinaryIO) -> None:
+def _check_whole(path: str | Path, file: BinaryIO) -> None:
     """Compares a file with its checksums, which PyTorch writes and doesn't read.
 
     Raises:

@@ -10,12 +10,12 @@ equilibrium is a point from which nobody gains by moving alone,
 """
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import pyro
@@ -417,7 +417,7 @@ class Game:
             if args or kwargs:
                 self._set_loaded((args, kwargs), needed=self._learners)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes :meth:`state_dict` to a file; until all of it is there, the former file is.
 
         Args:
@@ -428,7 +428,7 @@ class Game:
         """
         checkpoint.save(path, self.state_dict())
 
-    def load(self, path: str | os.PathLike[str], /, *args: Any, **kwargs: Any) -> None:
+    def load(self, path: str | Path, /, *args: Any, **kwargs: Any) -> None:
         """Goes back to a state that :meth:`save` wrote; see :meth:`load_state_dict`.
 
         Args:
@@ -567,8 +567,7 @@ class Game:
         try:
             lesson = None if name in self._unrecorded() else capture.lesson(name, occasion)
             if lesson is not None:
-                for module in lesson.modules:
-                    keep(module)
+                keep(lesson.buffers)
                 recalled = lesson(occasion.tensors)
                 if self._may_go(recalled):
                     return recalled
@@ -581,8 +580,8 @@ class Game:
 
     def _may_go(self, way: Ascent) -> bool:
         """Whether a utility is finite, or nobody waits for it."""
-        is_awaited_here = self.nonfinite == "skip" or is_awaited(way.utility)
-        return not is_awaited_here or math.isfinite(way.utility.item())
+        nobody_waits = self.nonfinite == "raise" and not is_awaited(way.utility)
+        return nobody_waits or math.isfinite(way.utility.item())
 
     def _utilities(self, call: Call, names: Collection[str]) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -660,7 +659,7 @@ class Game:
         return score
 
 
-def _keep_nothing(module: nn.Module) -> None:
+def _keep_nothing(buffers: Iterable[Tensor]) -> None:
     """Keeps no buffers, where nothing will be taken back."""
 
 

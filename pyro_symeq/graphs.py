@@ -132,9 +132,7 @@ class StepGraphs:
         if entry.graph is None:
             return None
         for name, lesson in lessons.items():
-            self._strategies[name].remember(lesson.parameters.values())
-            for module in lesson.modules:
-                self._strategies[name].remember(module.buffers(recurse=False))
+            self._strategies[name].remember([*lesson.parameters.values(), *lesson.buffers])
         utilities = entry.graph(occasion.tensors)
         is_awaited = self._is_awaited or is_validation_enabled()
         if is_awaited and not all(map(torch.isfinite, utilities.values())):

@@ -40,7 +40,7 @@ from pyro_symeq.pattern import Pattern, Place
 from pyro_symeq.provenance import follow, name_of, take
 from pyro_symeq.tracing import UNOBSERVED, Record, Site, tensors
 
-Keep = Callable[[torch.nn.Module], None]
+Keep = Callable[[Iterable[Tensor]], None]
 Bind = Mapping[str, str] | Callable[[Trace, tuple[Any, ...], dict[str, Any]], Call]
 
 IGNORES_DATA = (
@@ -92,17 +92,20 @@ def buffers_kept(only_on_error: bool = False) -> Iterator[Keep]:
         only_on_error: Whether to do so only if an error, or an interrupt, comes.
 
     Yields:
-        What keeps the buffers of a module that is used without being called.
+        What keeps the buffers of modules that are used without being called.
     """
     buffers: dict[Tensor, Tensor] = {}
     is_over = False
 
-    def keep(module: torch.nn.Module, _: Any = None) -> None:
-        for buffer in module.buffers(recurse=False):
+    def keep(others: Iterable[Tensor]) -> None:
+        for buffer in others:
             if buffer not in buffers:
                 buffers[buffer] = buffer.detach().clone()
 
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(keep)
+    def keep_those_of(module: torch.nn.Module, _: Any) -> None:
+        keep(module.buffers(recurse=False))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(keep_those_of)
     try:
         yield keep
         is_over = True

@@ -123,7 +123,8 @@ class Strategy:
         Args:
             only_on_error: Whether to do so only if an error, or an interrupt, comes.
         """
-        before = dict(self.parameters), copy.deepcopy(self.pending), self.resumed
+        waiting = {key: dict(values) for key, values in self.pending.items()}
+        before = dict(self.parameters), waiting, self.resumed
         self._before = {}
         is_over = False
         try:
@@ -240,7 +241,8 @@ class Strategy:
         if name in optimizers:
             leaf.grad = None
             self.optim([leaf])  # without a gradient, only creates the optimiser
-            _load_optimizer_state(self.optim.optim_objs[leaf], optimizers.pop(name))
+            kept = copy.deepcopy(optimizers.pop(name))  # as moves change it in place
+            _load_optimizer_state(self.optim.optim_objs[leaf], kept)
 
 
 def _optimizer_state(optimizer: Any) -> State:

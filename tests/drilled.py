@@ -27,10 +27,11 @@ MAX_STEPS = 400
 class Training:
     """A pair that learns on random rows."""
 
-    def __init__(self):
+    def __init__(self, num_bits=2):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        self.decoder, self.encoder = nn.Linear(2, 4), nn.Linear(4, 2)
+        self.decoder, self.encoder = nn.Linear(num_bits, 4), nn.Linear(4, num_bits)
+        self.prior = torch.full((num_bits,), 0.5)
         self.symeq = SymmetricEquilibrium(
             self.model, self.guide, Adam({"lr": 0.01}), code_warmup=0
         )
@@ -39,7 +40,7 @@ class Training:
     def model(self, x):
         pyro.module("decoder", self.decoder)
         with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Bernoulli(torch.full((2,), 0.5)).to_event(1))
+            z = pyro.sample("z", dist.Bernoulli(self.prior).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
 
     def guide(self, x):

@@ -161,8 +161,8 @@ def long_run(training, folder, steps=20, **options):
 
 @pytest.fixture
 def double():
-    def make():
-        training = Training()
+    def make(**options):
+        training = Training(**options)
         training.decoder.double()
         training.encoder.double()
         rows = len(DATA)
@@ -228,9 +228,6 @@ def test_a_long_run_goes_on_while_the_disk_is_full(double, tmp_path, capsys):
 
 def test_a_long_run_of_other_programs_is_refused(double, tmp_path):
     long_run(double(), tmp_path).train()
-    other = double()
-    other.decoder = torch.nn.Linear(2, 4, bias=False).double()
-    other.encoder = torch.nn.Linear(4, 3).double()
-    run = long_run(other, tmp_path)
+    run = long_run(double(num_bits=3), tmp_path)
     with pytest.raises(CheckpointError, match=r"is of other programs. The state doesn't fit"):
         run.resume(DATA.double())

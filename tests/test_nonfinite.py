@@ -105,8 +105,16 @@ def validated(request):
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("updates", ["alternating", "simultaneous"])
-@pytest.mark.parametrize(("capture", "num_steps"), [(False, 3), (True, 1), (True, 2), (True, 5)])
+@pytest.mark.parametrize(
+    ("updates", "capture", "num_steps"),
+    [
+        ("alternating", False, 3),
+        ("simultaneous", False, 3),
+        ("alternating", True, 2),  # while it is recorded
+        ("alternating", True, 5),  # in a replay
+        ("simultaneous", True, 5),
+    ],
+)
 def test_a_bad_batch_is_skipped_and_moves_nothing(bad, updates, capture, num_steps, validated):
     pair = Pair(updates=updates, capture=capture).run(num_steps)
     before = pair.all
