@@ -176,7 +176,7 @@ def test_optimisers_that_are_not_fused_remember_nothing_of_a_bad_batch(make, val
 def test_errors_of_other_kinds_are_errors():
     pair = Pair().run(2)
     before = pair.all
-    with pytest.raises((RuntimeError, ValueError), match=r"size|shape|expand"):
+    with pytest.raises((RuntimeError, ValueError), match="should contain 5 elements"):
         pair.symeq.step(torch.randn(5, NUM_PIXELS + 1), good()[1])
     assert same(pair.all, before)
 
@@ -194,29 +194,6 @@ def test_errors_of_other_kinds_are_errors():
     symeq = SymmetricEquilibrium(model, guide, Adam({"lr": 0.1}), nonfinite="skip")
     with pytest.raises(ValueError, match="No log-probability at site 'x'"):
         symeq.step(torch.full((5, NUM_PIXELS), 0.5))
-
-
-def test_nothing_is_skipped_where_nan_is_masked():
-    """Missing values may be NaN under a mask; what goes wrong there has other reasons."""
-
-    def model(x, known):
-        pyro.module("net", net)
-        with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample(
-                "x", dist.Normal(net(z.unsqueeze(-1)).squeeze(-1), 1.0), obs=x, obs_mask=known
-            )
-
-    def guide(x, known):
-        pyro.module("other", other)
-        with pyro.plate("rows", len(x)):
-            pyro.sample("z", dist.Normal(other(x.nan_to_num().unsqueeze(-1)).squeeze(-1), 1.0))
-            pyro.sample("x_unobserved", dist.Normal(0.0, 1.0))
-
-    net, other = nn.Linear(1, 1), nn.Linear(1, 1)
-    symeq = SymmetricEquilibrium(model, guide, Adam({"lr": 0.1}), nonfinite="skip")
-    x = torch.tensor([0.0, math.nan, 1.0])
-    assert math.isfinite(symeq.step(x, x.isfinite()))
 
 
 @pytest.mark.parametrize("updates", ["alternating", "simultaneous", ["a", "b", "a"]])
