@@ -490,10 +490,8 @@ def learn(
         tensorboard=options.out / "tensorboard" / stem if options.tensorboard else None,
     )
     if options.resume and (name == GAME or run.checkpoint.exists()):
-        run.resume()
+        run.resume(training.x[:2])
     run.train()
-    # Loaded values go to the networks when a step or a loss first asks for them.
-    training.symeq.evaluate_loss(training.x[:2])
     return run
 
 

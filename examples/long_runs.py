@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from threading import Event
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -27,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 import pyro_symeq
+from pyro_symeq import checkpoint
 
 __all__ = [
     "CheckpointError",
@@ -65,8 +65,8 @@ class Learner(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """All that it needs to go on as if it had never stopped, for ``torch.save``."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes back to a state."""
+    def load_state_dict(self, state: dict[str, Any], /, *batch: Any) -> None:
+        """Goes back to a state; with a batch, all values are in place at once."""
 
 
 class LongRun(Generic[Loss]):
@@ -121,7 +121,10 @@ class LongRun(Generic[Loss]):
     def train(self) -> None:
         """Takes the steps that are left; saves the state at times and at the end.
 
+        Where it can't be saved on the way, on a full disk say, the run tells so and goes on.
+
         Raises:
+            RunError: It can't be saved at the end.
             Stopped: An interrupt came first.
         """
         every = math.ceil(self.steps / self.num_looks)
@@ -146,10 +149,13 @@ class LongRun(Generic[Loss]):
                         self.history.append(moment | scalars)
                         told = _told(scalars)
                         bar.write(f"step {self.num_steps:6d}  {self.seconds:5.0f} s  {told}")
-                        self.save()
+                        self._save_if_possible(bar.write)
                 bar.update()
             self.seconds = time.perf_counter() - start
-            self.save()
+            try:
+                self.save()
+            except OSError as error:
+                raise RunError(str(error)) from error
         if self.num_steps < self.steps:
             raise Stopped(
                 f"Stopped at step {self.num_steps}, which is kept in {self.checkpoint}. To go "
@@ -164,11 +170,19 @@ class LongRun(Generic[Loss]):
             "history": self.history,
             "learner": self.learner.state_dict(),
         }
-        with _replaced(self.checkpoint) as temporary:
-            torch.save(state, temporary)
+        checkpoint.save(self.checkpoint, state)
 
-    def resume(self) -> None:
+    def _save_if_possible(self, tell: Callable[[str], None]) -> None:
+        try:
+            self.save()
+        except OSError as error:
+            tell(f"{error} The run goes on, and tries again later.")
+
+    def resume(self, *batch: Any) -> None:
         """Reads the checkpoint.
+
+        Args:
+            batch: What a step takes, so that all that was learned is in place at once.
 
         Raises:
             CheckpointError: There is none, it is damaged, or it is another run's.
@@ -177,18 +191,25 @@ class LongRun(Generic[Loss]):
         if not path.exists():
             raise CheckpointError(f"There is no checkpoint {path}. Start without --resume.")
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = checkpoint.load(path)
             other, learned = state["identity"], state["learner"]
             seconds, history = state["seconds"], state["history"]
-        except (EOFError, KeyError, RuntimeError, TypeError, UnpicklingError) as error:
-            raise CheckpointError(f"{path} is damaged. Start without --resume.") from error
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is damaged or no checkpoint of this program. Start without --resume."
+            ) from error
         differing = [f"{k}={other.get(k)} (now {own[k]})" for k in own if own[k] != other.get(k)]
         if differing:
             raise CheckpointError(
                 f"The checkpoint {path} is of a training with {', '.join(differing)}. Give the "
                 "same options, or start without --resume."
             )
-        self.learner.load_state_dict(learned)
+        try:
+            self.learner.load_state_dict(learned, *batch)
+        except ValueError as error:
+            raise CheckpointError(
+                f"The checkpoint {path} is of other programs. {error}"
+            ) from error
         self.seconds, self.history = seconds, history
 
 
@@ -250,8 +271,8 @@ def write_record(
         "figures": figures,
         "history": list(history),
     }
-    with _replaced(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    with checkpoint.replaced(path) as file:
+        file.write((json.dumps(record, indent=1) + "\n").encode())
 
 
 def _name(device: torch.device) -> str:
@@ -260,14 +281,6 @@ def _name(device: torch.device) -> str:
 
 def _told(scalars: Scalars) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """A file to write to, which then takes the place of another at once."""
-    temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    os.replace(temporary, path)
 
 
 @contextmanager

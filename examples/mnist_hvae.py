@@ -164,8 +164,8 @@ class Training:
         """All that it needs to go on."""
         return {"networks": self.hvae.state_dict(), "learner": self.learner.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes back to a state."""
+    def load_state_dict(self, state: dict[str, Any], /, *batch: Any) -> None:
+        """Goes back to a state; the networks need no batch for that."""
         self.hvae.load_state_dict(state["networks"])
         self.learner.load_state_dict(state["learner"])
 

@@ -341,10 +341,8 @@ def run(options: argparse.Namespace) -> None:
         tensorboard=options.out / "tensorboard" / name if options.tensorboard else None,
     )
     if options.resume:
-        long_run.resume()
+        long_run.resume(images.x[:2], images.y[:2])
     long_run.train()
-    # Loaded values go to the networks when a step or a loss first asks for them.
-    training.symeq.evaluate_loss(images.x[:2], images.y[:2])
 
     start = time.perf_counter()
     draws = {

@@ -299,10 +299,8 @@ def run(options: argparse.Namespace) -> None:
         tensorboard=options.out / "tensorboard" / path.name if options.tensorboard else None,
     )
     if options.resume:
-        long_run.resume()
+        long_run.resume(data.validation[:2])
     long_run.train()
-    # Loaded values go to the networks when a step or a loss first asks for them.
-    training.symeq.evaluate_loss(data.batch(training.batch_size))
 
     start = time.perf_counter()
     told = figures(training.likelihood(data.test, settings.num_draws))

@@ -6,14 +6,13 @@ next, and further steps on such batches replay.
 """
 
 import dataclasses
-import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import partial
-from types import FrameType, FunctionType, MethodType
+from functools import cached_property, partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from pyro_symeq.batch import Batch, batches
 from pyro_symeq.binding import Call, Path, leaves, module_of, put
+from pyro_symeq.callers import stacklevel
 from pyro_symeq.ownership import Parameters
 from pyro_symeq.play import Ascent, Stage, ascent
 from pyro_symeq.recording import CannotRecord, Recording, headline, record
@@ -83,6 +83,13 @@ class Lesson:
     parameters: Parameters
     has_gradient: Sequence[bool]
     num_changes: int
+
+    @cached_property
+    def buffers(self) -> list[Tensor]:
+        """The buffers of modules that it reads, and may change."""
+        used = {id(x) for x in self.recording.sources}
+        modules = (module for module, _ in self.recording.modules)
+        return [x for m in modules for x in m.buffers(recurse=False) if id(x) in used]
 
     @property
     def is_on_cuda(self) -> bool:
@@ -179,7 +186,7 @@ class Capture:
         """Warns, once for each reason, that something isn't captured."""
         if reason not in self._warned:
             self._warned.add(reason)
-            level = _stacklevel()
+            level = stacklevel()
             warnings.warn(f"Not captured: {what}, since {reason}.", stacklevel=level)
 
     def _entry(self, player: str, occasion: Occasion) -> _Entry:
@@ -316,16 +323,3 @@ def _tensor_kind(x: Tensor, storages: dict[int, int]) -> Hashable:
     shared = list(storages).index(storage), int(x.storage_offset()) - start
     bits = x.is_conj(), x.is_neg()
     return shared, bits, type(x), x.shape, x.stride(), x.dtype, x.device
-
-
-def _stacklevel() -> int:
-    """How far up the stack the user's own code is."""
-    frame, level = sys._getframe(1).f_back, 2
-    while frame is not None and _is_ours(frame):
-        frame, level = frame.f_back, level + 1
-    return level
-
-
-def _is_ours(frame: FrameType) -> bool:
-    name = frame.f_globals.get("__name__", "")
-    return name.split(".")[0] == "pyro_symeq" or name == "torch.utils._contextlib"

@@ -25,9 +25,9 @@ from pyro_symeq.checks import check_count
 from pyro_symeq.clamps import Values, clamps
 from pyro_symeq.conditionals import State
 from pyro_symeq.passes import Observation, Observations
-from pyro_symeq.rehearsal import aside, tensors
+from pyro_symeq.rehearsal import aside
 from pyro_symeq.rows import Rows, Variable, alike
-from pyro_symeq.tracing import Record, Site
+from pyro_symeq.tracing import Record, Site, tensors
 
 Start = Literal["dream", "data"]
 Around = Callable[[Program], Program]

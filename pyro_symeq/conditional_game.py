@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_symeq.checks import check_count
 from pyro_symeq.conditionals import Conditionals, State, block_name
-from pyro_symeq.game import Captures, Game, Player, Updates, by_player
+from pyro_symeq.game import Captures, Game, Nonfinite, Player, Updates, by_player
 from pyro_symeq.parallel import Group
 from pyro_symeq.play import Play, refuse_reserved
 from pyro_symeq.weights import Weights, full_weights
@@ -43,6 +43,7 @@ def conditional_game(
     updates: Updates = "alternating",
     capture: Captures = False,
     process_group: Group = None,
+    nonfinite: Nonfinite = "raise",
 ) -> Game:
     r"""Makes a game of conditional programs, with a player for each block of variables.
 
@@ -64,6 +65,7 @@ def conditional_game(
         capture: See :class:`Game`. Who needs Gibbs rounds isn't captured, since a draw tells with
             which block a round begins.
         process_group: See :class:`Game`.
+        nonfinite: See :class:`Game`.
 
     Raises:
         TypeError: ``optim`` is no optimiser.
@@ -100,7 +102,13 @@ def conditional_game(
     ]
     if conditionals.prior is not None:
         players.append(Player(PRIOR, conditionals.prior))
-    return Game(players, updates=updates, capture=capture, process_group=process_group)
+    return Game(
+        players,
+        updates=updates,
+        capture=capture,
+        process_group=process_group,
+        nonfinite=nonfinite,
+    )
 
 
 class _Formulas:

@@ -24,7 +24,7 @@ from torch import Tensor
 from pyro_symeq import passes
 from pyro_symeq.binding import Program, equal, open_parameters
 from pyro_symeq.draws import Draws
-from pyro_symeq.game import Captures, Game, Player, Updates, by_player
+from pyro_symeq.game import Captures, Game, Nonfinite, Player, Updates, by_player
 from pyro_symeq.pair import Pair
 from pyro_symeq.parallel import Group
 from pyro_symeq.play import Play, Utility, refuse_reserved
@@ -45,6 +45,7 @@ def data_exchange_game(
     updates: Updates = "alternating",
     capture: Captures = False,
     process_group: Group = None,
+    nonfinite: Nonfinite = "raise",
 ) -> Game:
     r"""Makes a game of generative models that exchange dreams.
 
@@ -66,6 +67,7 @@ def data_exchange_game(
         updates: See :class:`Game`.
         capture: See :class:`Game`.
         process_group: See :class:`Game`.
+        nonfinite: See :class:`Game`.
 
     Raises:
         TypeError: ``models`` are no programs, or ``optim`` is no optimiser.
@@ -98,7 +100,13 @@ def data_exchange_game(
         for name, member in exchange.members.items()
         for player, program, score in member.players()
     ]
-    return Game(players, updates=updates, capture=capture, process_group=process_group)
+    return Game(
+        players,
+        updates=updates,
+        capture=capture,
+        process_group=process_group,
+        nonfinite=nonfinite,
+    )
 
 
 class Member:

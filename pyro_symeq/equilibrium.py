@@ -11,6 +11,7 @@ and each player climbs its own utility towards it: :math:`\theta` along :math:`\
 :math:`\varphi` along :math:`\nabla_\varphi L_q`.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -25,7 +26,7 @@ from torch import Tensor
 from pyro_symeq.batch import batches
 from pyro_symeq.binding import Call, Program
 from pyro_symeq.checks import check_count
-from pyro_symeq.game import Captures, Game, Own, Player
+from pyro_symeq.game import Captures, Game, Nonfinite, Own, Player
 from pyro_symeq.loss import SymmetricLoss
 from pyro_symeq.parallel import Group
 from pyro_symeq.rehearsal import Bind
@@ -81,6 +82,10 @@ class SymmetricEquilibrium(Game):
             steps and the rank decide which. They create the game and take steps together; what
             else they do is their own. Whole steps are in no CUDA graph then. See "Training in
             parallel" in the documentation.
+        nonfinite: What happens at a batch at which a utility is NaN or infinite. ``"raise"``: a
+            ``ValueError``. ``"skip"``: nothing moves, a warning tells why, the loss is NaN, and the
+            step counts; so it is where a gradient is not finite. Each step waits for the device
+            then, and the decoder is copied before it moves.
 
     Raises:
         TypeError: ``optim`` is neither a ``PyroOptim`` nor a pair of them, or ``process_group`` is
@@ -129,6 +134,7 @@ class SymmetricEquilibrium(Game):
         parameters: Mapping[str, Own] | None = None,
         capture: Captures = False,
         process_group: Group = None,
+        nonfinite: Nonfinite = "raise",
     ) -> None:
         moves = schedule(updates, decoder_steps, encoder_steps)
         check_count("encoder_warmup", encoder_warmup, at_least=0)
@@ -156,6 +162,7 @@ class SymmetricEquilibrium(Game):
             updates=moves,
             capture=capture,
             process_group=process_group,
+            nonfinite=nonfinite,
         )
         self.updates = updates
 
@@ -206,17 +213,20 @@ class SymmetricEquilibrium(Game):
     def state_dict(self) -> State:  # noqa: D102
         return {**super().state_dict(), "code_begun": self._code.begun}
 
-    def load_state_dict(self, state: State) -> None:  # noqa: D102
+    def load_state_dict(self, state: State, /, *args: Any, **kwargs: Any) -> None:  # noqa: D102
         code = CodeWarmup(self.code_warmup)
         if isinstance(state, Mapping):
             code.load(state.get("code_begun"))
             state = {key: value for key, value in state.items() if key != "code_begun"}
-        super().load_state_dict(state)
+        super().load_state_dict(state, *args, **kwargs)
         self._code = code
 
     def _look(self, call: Call, loss: SymmetricLoss) -> None:
         """Looks at the information in the latents, where it is wanted or matters."""
         steps = self.num_steps
+        if self.nonfinite == "skip" and math.isnan(loss):
+            self._code.put_off(steps)
+            return
         if self.watch > 0 and steps % self.watch == 0:
             loss.information = self._information(call)
         if self._code.may_begin(steps):

@@ -13,8 +13,10 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import pyro
@@ -23,22 +25,27 @@ from pyro.infer.util import is_validation_enabled
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
+from pyro_symeq import checkpoint, randomness
 from pyro_symeq.batch import batches
 from pyro_symeq.binding import Call, Program, layout
+from pyro_symeq.callers import stacklevel
 from pyro_symeq.capture import Capture, Occasion
 from pyro_symeq.graphs import Rounds, StepGraphs
+from pyro_symeq.interrupts import Shield
 from pyro_symeq.loss import GameLoss, loss_of
+from pyro_symeq.nonfinite import NotFiniteError, is_of_nonfinite
 from pyro_symeq.ownership import NOTHING_TO_LEARN, Parameters
 from pyro_symeq.parallel import Alone, Group, Ranks
 from pyro_symeq.play import Ascent, Score, Stage, Utility, ascent, is_awaited
 from pyro_symeq.recording import CannotRecord
-from pyro_symeq.rehearsal import aside, buffers_kept
+from pyro_symeq.rehearsal import Keep, aside, buffers_kept
 from pyro_symeq.strategy import State, Strategy
 
 __all__ = ["Game", "Player"]
 
 Own = nn.Module | Iterable[tuple[str, Tensor]]
 Captures = bool | Literal["compile"]
+Nonfinite = Literal["raise", "skip"]
 Updates = Literal["alternating", "simultaneous"] | Sequence[str | Sequence[str]]
 
 NUM_TRIES = 100
@@ -146,6 +153,9 @@ class Game:
             ``[("a", "b"), "c"]`` lets a and b move at once and c after them.
         capture: Whether to record steps and to replay them, see :class:`SymmetricEquilibrium`.
         process_group: Processes that train together, see :class:`SymmetricEquilibrium`.
+        nonfinite: What happens at a batch at which a utility is NaN or infinite. ``"raise"``: a
+            ``ValueError``. ``"skip"``: nothing moves, a warning tells why, and the loss is NaN; so
+            it is where a gradient is not finite. Each step waits for the device then.
 
     Raises:
         TypeError: ``players`` are no players, or claim what are no named parameters, or
@@ -188,9 +198,12 @@ class Game:
         updates: Updates = "alternating",
         capture: Captures = False,
         process_group: Group = None,
+        nonfinite: Nonfinite = "raise",
     ) -> None:
         if capture not in (True, False, "compile"):
             raise ValueError(f"Expected capture=True, False or 'compile', got {capture!r}.")
+        if nonfinite not in ("raise", "skip"):
+            raise ValueError(f"Expected nonfinite='raise' or 'skip', got {nonfinite!r}.")
         self._by_name = _by_name(players)
         self.players = tuple(self._by_name.values())
         self.updates = updates
@@ -199,19 +212,25 @@ class Game:
         if not self._learners:
             raise ValueError("No player has a utility, so nobody learns. Give one to some player.")
         self._schedule = tuple(self._moves(updates))
+        claims = claims_of(self.players)
         self._strategies = {
-            player.name: Strategy(player.name, player.optim, bool(capture))
+            player.name: Strategy(
+                player.name, player.optim, bool(capture), claims.get(player.name)
+            )
             for player in self.players
             if player.optim is not None
         }
         self._frozen: set[str] = set()
         self._learnable: set[str] = set()
         self._looked: set[Any] = set()
+        self._shield = Shield()
         self._stage = Stage(
             {player.name: player.program for player in self.players},
             {player.name: player.utility for player in self.players if player.utility},
-            claims_of(self.players),
+            claims,
+            are_gradients_finite=nonfinite == "skip",
         )
+        self.nonfinite = nonfinite
         self.capture = capture
         self._capture = Capture(self._stage, capture == "compile") if capture else None
         self._ranks = Alone() if process_group is None else Ranks(process_group)
@@ -281,21 +300,39 @@ class Game:
         if torch.is_inference_mode_enabled():
             raise ValueError("Nothing can be learned within torch.inference_mode(). Leave it.")
         call = (args, kwargs)
-        with self._ranks.working():
-            rounds = self._rounds()
-            moving = _names(rounds)
-            watched = self._watched() - moving
-            self._set_loaded(call, needed=moving | watched)
-        self._check_learnable(call, moving, watched)
+        call = (args, kwargs)
+        with self._shield:
+            with self._ranks.working():
+                rounds = self._rounds()
+                moving = _names(rounds)
+                watched = self._watched() - moving
+            try:
+                loss = self._step(call, rounds, moving, watched)
+            except (ValueError, RuntimeError) as error:
+                if self.nonfinite == "raise" or not is_of_nonfinite(error):
+                    raise
+                warnings.warn(
+                    f"Skipped a batch, and nobody moved: {error}", stacklevel=stacklevel()
+                )
+                loss = self._loss(dict.fromkeys(moving | watched, torch.tensor(math.nan)))
+            self.num_steps += 1
+            self._ranks.seed(self.num_steps)
+        return loss
+
+    def _step(self, call: Call, rounds: Rounds, moving: set[str], watched: set[str]) -> GameLoss:
+        """Lets players move; returns the loss before they did."""
+        with self._shield.lowered():
+            with self._ranks.working():
+                self._set_loaded(call, needed=moving | watched)
+            self._check_learnable(call, moving, watched)
+        keep: Keep = _keep_nothing
         with ExitStack() as stack:
-            if is_validation_enabled():
+            if is_validation_enabled() or self.nonfinite == "skip":
+                keep = stack.enter_context(buffers_kept(only_on_error=True))
                 may_fail_later = watched or len(rounds[-1]) > 1 or self._graphs is not None
                 for name in _names(rounds if may_fail_later else rounds[:-1]):
-                    stack.enter_context(self._strategies[name].undone_on_error())
-            loss = self._loss(self._moved(call, rounds) | self._told(call, watched))
-        self.num_steps += 1
-        self._ranks.seed(self.num_steps)
-        return loss
+                    stack.enter_context(self._strategies[name].undone(only_on_error=True))
+            return self._loss(self._moved(call, rounds, keep) | self._told(call, watched))
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> GameLoss:
         r"""Estimates the loss :math:`-\sum_i u_i` (nats); nothing moves, buffers neither.
@@ -327,7 +364,7 @@ class Game:
         with self._ranks.working():
             self._set_loaded(call, needed={player} | others)
         self._check_learnable(call, {player}, others)
-        self._move([(player,)], lambda name: ascent(partial(self._score, name), call))
+        self._move([(player,)], partial(self._ascent, call))
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -362,14 +399,17 @@ class Game:
             "random": self._ranks.state_dict(),
         }
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: State, /, *args: Any, **kwargs: Any) -> None:
         """Goes back to a state.
 
         Parameters that the programs have not touched yet take their values when they first do, in
-        the next :meth:`step` or :meth:`evaluate_loss`.
+        the next :meth:`step` or :meth:`evaluate_loss`. With a batch, the programs run on the side,
+        and all values are in place at once.
 
         Args:
             state: What :meth:`state_dict` returned, of the same programs.
+            args: A batch, as :meth:`step` takes it, if one is at hand.
+            kwargs: Likewise.
 
         Raises:
             ValueError: The state isn't one of these programs; nothing has changed.
@@ -379,21 +419,63 @@ class Game:
         self._check_names(state["frozen"])
         for name, strategy in self._strategies.items():
             strategy.check(state["players"][name])
-        before = self.state_dict()
+        with self._undone_on_error():
+            try:
+                self._load(state)
+            except Exception as error:
+                raise ValueError(
+                    f"The state can't be loaded ({type(error).__name__}: {error}). Build the same "
+                    "optimisers as those that it was saved of."
+                ) from error
+            if args or kwargs:
+                self._set_loaded((args, kwargs), needed=self._learners)
+
+    def save(self, path: str | Path) -> None:
+        """Writes :meth:`state_dict` to a file; until all of it is there, the former file is.
+
+        Args:
+            path: The file.
+
+        Raises:
+            OSError: It can't be written, as on a full disk; the former file is as it was.
+        """
+        checkpoint.save(path, self.state_dict())
+
+    def load(self, path: str | Path, /, *args: Any, **kwargs: Any) -> None:
+        """Goes back to a state that :meth:`save` wrote; see :meth:`load_state_dict`.
+
+        Args:
+            path: The file; nothing in it can run.
+            args: A batch, as :meth:`step` takes it: with it, all values are in place at once.
+            kwargs: Likewise.
+
+        Raises:
+            OSError: There is no such file, or it can't be read.
+            ValueError: It is damaged, of something else or of other programs; nothing has changed.
+        """
+        self.load_state_dict(checkpoint.load(path), *args, **kwargs)
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Lets all be as it was if what is loaded doesn't fit."""
+        frozen, num_steps, looked = self._frozen, self.num_steps, self._looked
+        random, ranks = randomness.get_state(), copy(self._ranks)
         try:
-            self._load(state)
-        except Exception as error:
-            self._load(before)
-            raise ValueError(
-                f"The state can't be loaded ({type(error).__name__}: {error}). Build the same "
-                "optimisers as those that it was saved of."
-            ) from error
+            with ExitStack() as stack:
+                for strategy in self._strategies.values():
+                    stack.enter_context(strategy.undone(only_on_error=True))
+                yield
+        except BaseException:
+            self._frozen, self.num_steps, self._looked = frozen, num_steps, looked
+            self._ranks = ranks
+            randomness.set_state(random)
+            raise
 
     def _load(self, state: State) -> None:
         for name, strategy in self._strategies.items():
             strategy.load_state_dict(state["players"][name])
         self._frozen = set(state["frozen"])
-        self._looked.clear()
+        self._looked = set()
         self.num_steps = state["num_steps"]
         self._ranks.load_state_dict(state["random"], self.num_steps)
 
@@ -452,26 +534,28 @@ class Game:
     def _step_graphs(self) -> StepGraphs | None:
         if self._capture is None or not torch.cuda.is_available():
             return None
-        return StepGraphs(self._capture, self._strategies, self._move)
+        is_awaited = self.nonfinite == "skip"
+        return StepGraphs(self._capture, self._strategies, self._move, is_awaited)
 
-    def _moved(self, call: Call, rounds: Rounds) -> dict[str, Tensor]:
+    def _moved(self, call: Call, rounds: Rounds, keep: Keep) -> dict[str, Tensor]:
         """Lets players move in the fastest way there is; returns their utilities before."""
         capture = self._capture
         occasion = None if capture is None else capture.occasion(call)
         if capture is None or occasion is None:
-            return self._move(rounds, lambda name: ascent(partial(self._score, name), call))
+            return self._move(rounds, partial(self._ascent, call))
         utilities = None
         if self._graphs is not None and not self._unrecorded():
             utilities = self._graphs.step(occasion, rounds)
         if utilities is None:
-            utilities = self._move(rounds, partial(self._recalled, capture, occasion))
+            utilities = self._move(rounds, partial(self._recalled, capture, occasion, keep))
         return utilities
 
     def _move(self, rounds: Rounds, ascend: Callable[[str], Ascent]) -> dict[str, Tensor]:
         """Lets players move, at once and in turn; returns their utilities before they did."""
         utilities = {}
         for names in rounds:
-            ascents = [self._shared(rounds, name, ascend) for name in names]
+            with self._shield.lowered():
+                ascents = [self._shared(rounds, name, ascend) for name in names]
             for name, way in zip(names, ascents, strict=True):
                 self._strategies[name].move(way.parameters, way.gradients, way.found_inf)
                 utilities[name] = way.utility
@@ -489,21 +573,41 @@ class Game:
         place = (f"step {self.num_steps + 1}", "utilities")
         return self._ranks.mean(place, partial(self._utilities, call, watched))
 
-    def _recalled(self, capture: Capture, occasion: Occasion, name: str) -> Ascent:
+    def _ascent(self, call: Call, name: str) -> Ascent:
+        """Where a player goes from where it stands.
+
+        Raises:
+            NotFiniteError: It isn't to go there.
+        """
+        way = ascent(partial(self._score, name), call)
+        if self.nonfinite == "skip" and not math.isfinite(way.utility.item()):
+            raise NotFiniteError(
+                f"The utility of the {name} or its gradient is not finite. Look for values that "
+                "overflow, and for gradients at points where there are none."
+            )
+        return way
+
+    def _recalled(self, capture: Capture, occasion: Occasion, keep: Keep, name: str) -> Ascent:
         """Where a player goes from where it stands, by its recorded lesson if there is one."""
         reason = None
         try:
             lesson = None if name in self._unrecorded() else capture.lesson(name, occasion)
             if lesson is not None:
+                keep(lesson.buffers)
                 recalled = lesson(occasion.tensors)
-                if not is_awaited(recalled.utility) or math.isfinite(recalled.utility.item()):
+                if self._may_go(recalled):
                     return recalled
         except CannotRecord as error:
             reason = error
-        way = ascent(partial(self._score, name), occasion.call)
+        way = self._ascent(occasion.call, name)
         if reason is not None:
             capture.refuse(name, occasion, reason)
         return way
+
+    def _may_go(self, way: Ascent) -> bool:
+        """Whether a utility is finite, or nobody waits for it."""
+        nobody_waits = self.nonfinite == "raise" and not is_awaited(way.utility)
+        return nobody_waits or math.isfinite(way.utility.item())
 
     def _utilities(self, call: Call, names: Collection[str]) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -533,11 +637,18 @@ class Game:
         if not any(strategy.pending["parameters"] for strategy in strategies):
             return
         kind = tuple(layout(batch.call) for batch in batches(call))
-        found = kind not in self._looked
+        found, is_first = kind not in self._looked, not self._looked
+        scores: Mapping[str, Score] = {}
         while found and any(strategy.pending["parameters"] for strategy in strategies):
             scores = self._tried(self._stage.score, call, needed)
+            for name, score in scores.items():
+                self._strategies[name].check_waiting(score.parameters)
             found = any([self._strategies[n].adopt(s.parameters) for n, s in scores.items()])
         self._looked.add(kind)
+        if is_first:
+            for name, score in scores.items():
+                if score.parameters:  # it learns from such batches
+                    self._strategies[name].warn_of_waiting()
 
     def _check_learnable(self, call: Call, moving: set[str], watched: set[str]) -> None:
         """Checks once, on the side, that those who move can: all are tried before any moves.
@@ -573,6 +684,10 @@ class Game:
             if score.utility.requires_grad or not score.parameters:
                 break
         return score
+
+
+def _keep_nothing(buffers: Iterable[Tensor]) -> None:
+    """Keeps no buffers, where nothing will be taken back."""
 
 
 def _names(rounds: Iterable[tuple[str, ...]]) -> set[str]:

@@ -93,20 +93,28 @@ class StepGraphs:
         capture: The recorded lessons.
         strategies: The strategies of the players.
         move: Lets players move along ascents.
+        is_awaited: Whether the host looks at utilities even with validation off.
     """
 
-    def __init__(self, capture: Capture, strategies: Mapping[str, Strategy], move: Move) -> None:
+    def __init__(
+        self,
+        capture: Capture,
+        strategies: Mapping[str, Strategy],
+        move: Move,
+        is_awaited: bool = False,
+    ) -> None:
         self._capture = capture
         self._strategies = strategies
         self._move = move
+        self._is_awaited = is_awaited
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._pool: Any = None
 
     def step(self, occasion: Occasion, rounds: Rounds) -> dict[str, Tensor] | None:
         """Takes such a step by its graph, if there is one by now; returns the utilities.
 
-        With validation on, a step with a utility that is not finite is taken back. There are no
-        utilities then, as without a graph: the programs can tell which site it is.
+        A step with a utility that is not finite is taken back, if the host looks at it. There are
+        no utilities then, as without a graph: the programs can tell which site it is.
         """
         lessons = {}
         for name in {name for names in rounds for name in names}:
@@ -124,9 +132,10 @@ class StepGraphs:
         if entry.graph is None:
             return None
         for name, lesson in lessons.items():
-            self._strategies[name].remember(lesson.parameters.values())
+            self._strategies[name].remember([*lesson.parameters.values(), *lesson.buffers])
         utilities = entry.graph(occasion.tensors)
-        if is_validation_enabled() and not all(map(torch.isfinite, utilities.values())):
+        is_awaited = self._is_awaited or is_validation_enabled()
+        if is_awaited and not all(map(torch.isfinite, utilities.values())):
             for name in lessons:
                 self._strategies[name].take_back()
             return None

@@ -25,6 +25,7 @@ from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_map_only
 
 from pyro_symeq import randomness
+from pyro_symeq.nonfinite import NotFiniteError, is_of_nonfinite
 from pyro_symeq.play import Ascent
 from pyro_symeq.recording import headline
 from pyro_symeq.strategy import State, Strategy
@@ -114,7 +115,7 @@ class Ranks(Alone):
         try:
             yield
         except Exception as error:
-            plan = _Plan((), error=str(error), is_wrong_value=isinstance(error, ValueError))
+            plan = _Plan((), error=str(error), kind=_kind_of(error))
             if not self._is_everyones(plan):
                 self._gather(plan)
             raise
@@ -171,7 +172,7 @@ class Ranks(Alone):
 
     def load_state_dict(self, state: State, num_steps: int) -> None:  # noqa: D102
         self._base = state.get("seed", self._base)
-        self._met.clear()
+        self._met = set()
         self.seed(num_steps)
 
     def _meet(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -263,27 +264,31 @@ class _Plan:
         tensors: What it has, and of which type, shape and device.
         known: What it can have.
         error: Why it can't go on, if it can't.
-        is_wrong_value: Whether a wrong value is the reason.
+        kind: What kind of error that is.
     """
 
     place: Place
     tensors: Mapping[str, str] = field(default_factory=dict)
     known: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
-    is_wrong_value: bool = False
+    kind: type[Exception] = RuntimeError
 
 
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: f"{x.dtype} {tuple(x.shape)} on {x.device.type}" for name, x in tensors.items()}
 
 
+def _kind_of(error: Exception) -> type[Exception]:
+    """The kind of error that the other ranks raise."""
+    if is_of_nonfinite(error):
+        return NotFiniteError
+    return ValueError if isinstance(error, ValueError) else RuntimeError
+
+
 def _check_errors(plans: Sequence[_Plan]) -> None:
     for rank, plan in enumerate(plans):
         if plan.error is not None:
-            message = f"Rank {rank} of the process group can't go on: {plan.error}"
-            if plan.is_wrong_value:
-                raise ValueError(message)
-            raise RuntimeError(message)
+            raise plan.kind(f"Rank {rank} of the process group can't go on: {plan.error}")
 
 
 def _check_alike(plans: Sequence[_Plan]) -> None:

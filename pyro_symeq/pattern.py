@@ -21,6 +21,7 @@ from pyro_symeq.binding import (
     same_memory,
     substitute,
 )
+from pyro_symeq.nonfinite import NotFiniteError
 from pyro_symeq.passes import Observation, Observations, Run
 from pyro_symeq.provenance import Picks, put_back, subsampled_dim
 from pyro_symeq.tracing import Record
@@ -150,7 +151,7 @@ class Pattern:
             if name in self.masked or not isinstance(leaf, Tensor):
                 continue
             if bad := (~torch.isfinite(leaf)).sum().item():
-                raise ValueError(
+                raise NotFiniteError(
                     f"The observed value of site '{name}' is not finite: {bad} elements of the "
                     f"argument '{self.names(place.path)}' are NaN or infinite. Clean the data, or "
                     "mask what is missing."

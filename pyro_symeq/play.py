@@ -23,9 +23,9 @@ from torch import Tensor
 from pyro_symeq import passes
 from pyro_symeq.batch import batches
 from pyro_symeq.binding import Call, Program, leaves, put
+from pyro_symeq.nonfinite import NotFiniteError
 from pyro_symeq.ownership import Owners, Parameters
-from pyro_symeq.rehearsal import tensors
-from pyro_symeq.tracing import Record
+from pyro_symeq.tracing import Record, tensors
 
 __all__ = ["Play"]
 
@@ -174,7 +174,7 @@ class Play:
                 for scored, name, value in self.log_probs
                 if not torch.isfinite(value)
             }
-            raise ValueError(
+            raise NotFiniteError(
                 f"Expected a finite utility of the {player}, got {utility.item()} from these "
                 f"log-probabilities (nats): {sites}. Look for NaN in the data, for values outside "
                 "the support of these sites, and for a learning rate that is too large."
@@ -305,12 +305,14 @@ class Score:
         parameters: The player's parameters (leaves), by name.
         unnamed: Parameters of the player that its program uses without a statement.
         check_finite: Raises a ``ValueError`` if the utility is not finite, for which the host waits.
+        are_gradients_finite: Whether they are to be; the utility is NaN where one is not.
     """
 
     utility: Tensor
     parameters: Parameters
     unnamed: list[Tensor]
     check_finite: Callable[[], None]
+    are_gradients_finite: bool = False
 
     def check(self) -> None:
         """Checks that the utility is finite, unless the host would have to wait for a device.
@@ -324,7 +326,10 @@ class Score:
     def ascent(self) -> Ascent:
         """The utility with its gradient in the player's parameters."""
         gradients = self.gradients(self.parameters.values())
-        return Ascent(self.utility.detach(), self.parameters, gradients)
+        utility = self.utility.detach()
+        if self.are_gradients_finite:
+            utility = sum((_nothing(x).to(utility) for x in gradients if x is not None), utility)
+        return Ascent(utility, self.parameters, gradients)
 
     def gradients(self, parameters: Iterable[Tensor]) -> list[Tensor | None]:
         """The gradient of the negative utility in some of the player's parameters."""
@@ -357,6 +362,11 @@ def ascent(score: Callable[[Call], Score], call: Call) -> Ascent:
     return Ascent(utility, parameters, [gradients[leaf] for leaf in parameters.values()])
 
 
+def _nothing(gradient: Tensor) -> Tensor:
+    """0, or NaN if a gradient is not finite."""
+    return (0 * gradient).sum()
+
+
 def _plus(known: Tensor, gradient: Tensor | None) -> Tensor:
     return known if gradient is None else known + gradient
 
@@ -373,6 +383,7 @@ class Stage:
         programs: The programs, by the names of the players.
         utilities: The utilities of those players that have one.
         claims: The parameters that some players claim as their own.
+        are_gradients_finite: See :class:`Score`.
     """
 
     def __init__(
@@ -380,10 +391,12 @@ class Stage:
         programs: Mapping[str, Program],
         utilities: Mapping[str, Utility],
         claims: Mapping[str, Parameters] | None = None,
+        are_gradients_finite: bool = False,
     ) -> None:
         self.programs = programs
         self.utilities = utilities
         self.owners = Owners(list(programs), claims or {})
+        self.are_gradients_finite = are_gradients_finite
 
     def play(self, learner: str | None = None) -> Play:
         """Begins a play, for the utility of a player."""
@@ -407,7 +420,8 @@ class Stage:
         sites = tuple(name for _, name, _ in play.log_probs)
         unnamed = self.owners.unnamed(player, utility, play.touched.values(), sites)
         owned = self.owners.owned(player, play.touched[player])
-        return Score(utility, owned, unnamed, partial(play.check_finite, player, utility))
+        check_finite = partial(play.check_finite, player, utility)
+        return Score(utility, owned, unnamed, check_finite, self.are_gradients_finite)
 
 
 def _check_scalar(player: str, utility: Any) -> None:

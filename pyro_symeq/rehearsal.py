@@ -17,7 +17,6 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import Distribution, Transform
 from torch.overrides import TorchFunctionMode
 
 from pyro_symeq import passes, randomness
@@ -39,8 +38,9 @@ from pyro_symeq.binding import (
 from pyro_symeq.passes import Observation, Run
 from pyro_symeq.pattern import Pattern, Place
 from pyro_symeq.provenance import follow, name_of, take
-from pyro_symeq.tracing import UNOBSERVED, Record, Site
+from pyro_symeq.tracing import UNOBSERVED, Record, Site, tensors
 
+Keep = Callable[[Iterable[Tensor]], None]
 Bind = Mapping[str, str] | Callable[[Trace, tuple[Any, ...], dict[str, Any]], Call]
 
 IGNORES_DATA = (
@@ -85,21 +85,35 @@ def aside() -> Iterator[None]:
 
 
 @contextmanager
-def buffers_kept() -> Iterator[None]:
-    """Lets module buffers, such as running averages, end as they were."""
+def buffers_kept(only_on_error: bool = False) -> Iterator[Keep]:
+    """Lets module buffers, such as running averages, end as they were.
+
+    Args:
+        only_on_error: Whether to do so only if an error, or an interrupt, comes.
+
+    Yields:
+        What keeps the buffers of modules that are used without being called.
+    """
     buffers: dict[Tensor, Tensor] = {}
+    is_over = False
 
-    def keep(module: torch.nn.Module, _: Any) -> None:
-        for buffer in module.buffers(recurse=False):
-            buffers.setdefault(buffer, buffer.detach().clone())
+    def keep(others: Iterable[Tensor]) -> None:
+        for buffer in others:
+            if buffer not in buffers:
+                buffers[buffer] = buffer.detach().clone()
 
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(keep)
+    def keep_those_of(module: torch.nn.Module, _: Any) -> None:
+        keep(module.buffers(recurse=False))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(keep_those_of)
     try:
-        yield
+        yield keep
+        is_over = True
     finally:
         hook.remove()
-        for buffer, before in buffers.items():
-            buffer.detach().copy_(before)
+        if not (is_over and only_on_error):
+            for buffer, before in buffers.items():
+                buffer.detach().copy_(before)
 
 
 class _Rehearsal:
@@ -433,15 +447,6 @@ class _Rehearsal:
             f"of '{name}' can't be handed to the guide. Pass the value once, or hand the dream "
             "over with a function bind=(trace, args, kwargs) -> (args, kwargs)."
         )
-
-
-def tensors(law: Any) -> Iterator[Tensor]:
-    """The tensors that a distribution, or a transform in it, is made of."""
-    for _, part in leaves(vars(law)):
-        if isinstance(part, Tensor):
-            yield part
-        elif isinstance(part, (Distribution, Transform)):
-            yield from tensors(part)
 
 
 def _has_parameters(site: Site) -> bool:

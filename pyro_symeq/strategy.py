@@ -4,15 +4,34 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from pyro_symeq.callers import stacklevel
 from pyro_symeq.grouped import Grouped, Merged, torch_optimizer
 
 State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What a parameter was before it moved, and its optimiser.
+
+    Args:
+        value: Its value.
+        kept: What the ``PyroOptim`` kept for it, if it had moved before.
+        state: What that remembered: averages, say.
+        settings: The settings of that.
+    """
+
+    value: Tensor
+    kept: Any = None
+    state: State = field(default_factory=dict)
+    settings: State = field(default_factory=dict)
 
 
 class Strategy:
@@ -22,31 +41,42 @@ class Strategy:
         name: The name of the player.
         optim: The optimiser, which may be other players' too.
         is_captured: Whether moves are to be recorded in a CUDA graph.
+        parameters: The parameters that are known from the start.
     """
 
-    def __init__(self, name: str, optim: PyroOptim, is_captured: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        optim: PyroOptim,
+        is_captured: bool = False,
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.name = name
         self.optim = optim
         self.grouped = Grouped(optim, is_captured)
-        self.parameters: dict[str, Tensor] = {}
+        self.parameters = dict(parameters or {})
         self.pending: State = {"parameters": {}, "optim": {}}
         self.resumed = False
-        self._before: dict[Tensor, tuple[Tensor, State | None]] | None = None
+        self._before: dict[Tensor, _Before] | None = None
 
     def adopt(self, parameters: Mapping[str, Tensor]) -> bool:
         """Takes note of parameters; new ones get the loaded values that wait for their names.
 
         Returns:
             Whether any value was set.
+
+        Raises:
+            ValueError: These have other shapes; no value was set.
         """
-        new = {name: leaf for name, leaf in parameters.items() if name not in self.parameters}
+        self.check_waiting(parameters)
+        new = self._new(parameters)
         self.parameters.update(parameters)
         waiting = [name for name in new if name in self.pending["parameters"]]
         if self.resumed and len(waiting) < len(new):
             warnings.warn(
                 f"The loaded state has no values for these parameters of the {self.name}, which "
                 f"keep their initial ones: {sorted(new.keys() - set(waiting))}.",
-                stacklevel=2,
+                stacklevel=stacklevel(),
             )
         for name in waiting:
             self._set(name, self.pending["parameters"].pop(name), self.pending["optim"])
@@ -84,55 +114,53 @@ class Strategy:
         if self._before is not None:
             for leaf in leaves:
                 if leaf not in self._before:
-                    self._before[leaf] = leaf.detach().clone(), self._memory(leaf)
+                    self._before[leaf] = self._look_at(leaf)
 
     @contextmanager
-    def undone_on_error(self) -> Iterator[None]:
-        """Takes moves back when an error follows."""
-        self._before = {}
-        try:
-            yield
-        except BaseException:
-            self.take_back()
-            raise
-        finally:
-            self._before = None
+    def undone(self, only_on_error: bool = False) -> Iterator[None]:
+        """Takes moves and loaded values back at the end, and forgets parameters that have come up.
 
-    @contextmanager
-    def undone(self) -> Iterator[None]:
-        """Takes moves back at the end, and forgets parameters that have come up."""
-        parameters, pending = dict(self.parameters), copy.deepcopy(self.pending)
+        Args:
+            only_on_error: Whether to do so only if an error, or an interrupt, comes.
+        """
+        waiting = {key: dict(values) for key, values in self.pending.items()}
+        before = dict(self.parameters), waiting, self.resumed
         self._before = {}
+        is_over = False
         try:
             yield
+            is_over = True
         finally:
-            self.take_back()
+            if not (is_over and only_on_error):
+                self.take_back()
+                self.parameters, self.pending, self.resumed = before
             self._before = None
-            self.parameters, self.pending = parameters, pending
 
     def take_back(self) -> None:
         """Takes back the moves since it began to remember."""
-        for leaf, (value, memory) in (self._before or {}).items():
-            leaf.detach().copy_(value)
-            if memory is None:
+        for leaf, before in (self._before or {}).items():
+            leaf.detach().copy_(before.value)
+            if before.kept is None:
                 self.optim.optim_objs.pop(leaf, None)
-            else:
-                optimizer = torch_optimizer(self.optim.optim_objs[leaf])
-                optimizer.state[leaf] = memory["state"]
-                optimizer.param_groups[0].update(memory["settings"])
+                continue
+            self.optim.optim_objs[leaf] = before.kept
+            optimizer = torch_optimizer(before.kept)
+            optimizer.state[leaf] = before.state
+            optimizer.param_groups[0].update(before.settings)
         self._before = {}
 
-    def _memory(self, leaf: Tensor) -> State | None:
-        """What the optimiser of a parameter remembers: its averages, and its settings by now."""
-        if leaf not in self.optim.optim_objs:
-            return None
-        optimizer = torch_optimizer(self.optim.optim_objs[leaf])
-        settings = {key: x for key, x in optimizer.param_groups[0].items() if key != "params"}
+    def _look_at(self, leaf: Tensor) -> "_Before":
+        """What a parameter is by now, and what its optimiser remembers."""
+        value, kept = leaf.detach().clone(), self.optim.optim_objs.get(leaf)
+        if kept is None:
+            return _Before(value)
+        optimizer = torch_optimizer(kept)
         state = {
-            key: value.clone() if isinstance(value, Tensor) else value
-            for key, value in optimizer.state[leaf].items()
+            key: x.clone() if isinstance(x, Tensor) else x
+            for key, x in optimizer.state[leaf].items()
         }
-        return {"state": state, "settings": settings}
+        settings = {key: x for key, x in optimizer.param_groups[0].items() if key != "params"}
+        return _Before(value, kept, state, settings)
 
     def state_dict(self) -> State:
         """Copies the parameters (unconstrained) and the optimiser's state, by parameter name."""
@@ -158,8 +186,36 @@ class Strategy:
                 f"Expected the state of the {self.name} to have the keys {sorted(self.pending)}, "
                 f"got {sorted(state)}."
             )
-        expected = {name: tuple(leaf.shape) for name, leaf in self.parameters.items()}
-        got = {name: tuple(value.shape) for name, value in state["parameters"].items()}
+        self._refuse_misfits(self.parameters, state["parameters"])
+
+    def check_waiting(self, parameters: Mapping[str, Tensor]) -> None:
+        """Compares parameters with the loaded values that wait for them.
+
+        Raises:
+            ValueError: Some have other shapes.
+        """
+        values = self.pending["parameters"]
+        new = self._new(parameters)
+        self._refuse_misfits({name: new[name] for name in new if name in values}, values)
+
+    def warn_of_waiting(self) -> None:
+        """Warns of loaded values for which there is no parameter by now."""
+        if waiting := sorted(self.pending["parameters"]):
+            warnings.warn(
+                f"The loaded state has values for parameters of the {self.name} that no program "
+                f"has touched by now: {waiting}. They wait, and are saved with the others. If the "
+                "programs have changed, load a state of the same programs.",
+                stacklevel=stacklevel(),
+            )
+
+    def _new(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: leaf for name, leaf in parameters.items() if name not in self.parameters}
+
+    def _refuse_misfits(
+        self, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]
+    ) -> None:
+        expected = {name: tuple(leaf.shape) for name, leaf in parameters.items()}
+        got = {name: tuple(value.shape) for name, value in values.items()}
         differing = sorted(n for n in expected if got.get(n) != expected[n])
         if differing:
             raise ValueError(
@@ -178,11 +234,6 @@ class Strategy:
 
     def _set(self, name: str, value: Tensor, optimizers: State) -> None:
         leaf = self.parameters[name]
-        if leaf.shape != value.shape:
-            raise ValueError(
-                f"The loaded value of parameter '{name}' of the {self.name} has shape "
-                f"{tuple(value.shape)}; expected {tuple(leaf.shape)}."
-            )
         self.remember([leaf])
         with torch.no_grad():
             leaf.copy_(value)
@@ -190,7 +241,8 @@ class Strategy:
         if name in optimizers:
             leaf.grad = None
             self.optim([leaf])  # without a gradient, only creates the optimiser
-            _load_optimizer_state(self.optim.optim_objs[leaf], optimizers.pop(name))
+            kept = copy.deepcopy(optimizers.pop(name))  # as moves change it in place
+            _load_optimizer_state(self.optim.optim_objs[leaf], kept)
 
 
 def _optimizer_state(optimizer: Any) -> State:

@@ -5,7 +5,7 @@ handler does all that a pass has to do at a sample site, and a trace sorts its s
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +17,9 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceHandler, TraceMessenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
+from torch.distributions import Distribution, Transform
 
-from pyro_symeq.binding import Call, Program
+from pyro_symeq.binding import Call, Program, leaves
 
 Site = Any  # pyro.poutine.runtime.Message, whose keys depend on its type
 Act = Callable[[Site], None]  # what a pass does at a sample site, before its value is there
@@ -121,6 +122,15 @@ def base(fn: Any) -> Any:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
+
+
+def tensors(law: Any) -> Iterator[Tensor]:
+    """The tensors that a distribution, or a transform in it, is made of."""
+    for _, part in leaves(vars(law)):
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, (Distribution, Transform)):
+            yield from tensors(part)
 
 
 def is_computed(site: Site) -> bool:

@@ -28,6 +28,7 @@ class CodeWarmup:
     def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
         self.begun: int | None = None
+        self._begins_after = BEGIN_AFTER
 
     def load(self, begun: int | None) -> None:
         """Goes back to where it had begun after so many steps, if it had.
@@ -48,7 +49,12 @@ class CodeWarmup:
 
     def may_begin(self, steps: int) -> bool:
         """Whether it matters after so many steps what the latents that have a code say."""
-        return steps == BEGIN_AFTER and self.num_steps > 0
+        return steps == self._begins_after and self.num_steps > 0
+
+    def put_off(self, steps: int) -> None:
+        """Tells that after so many steps the batch was a bad one, so that the next one decides."""
+        if self.may_begin(steps):
+            self._begins_after += 1
 
     def begin(self, steps: int, information: Mapping[str, Tensor]) -> None:
         """Begins after so many steps, if these latents say too little about a batch (bits)."""

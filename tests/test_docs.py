@@ -161,6 +161,7 @@ PAGES = [
     "semi_supervised.md",
     "collapse.md",
     "cost.md",
+    "failures.md",
     "games.md",
     "implicit_priors.md",
     "lightning.md",
