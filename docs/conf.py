@@ -45,7 +45,8 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
 
-# Names of Python, Pyro and PyTorch become links. Inventories for intersphinx would have to be fetched.
+# Names of Python, Pyro and PyTorch become links; one that is missing here fails the build.
+# (Inventories for intersphinx would have to be fetched.)
 PYTHON = "https://docs.python.org/3/library/"
 PYRO = "https://docs.pyro.ai/en/stable/"
 TORCH = "https://docs.pytorch.org/docs/stable/"
@@ -57,11 +58,15 @@ LINKS = {
     "Iterable": PYTHON + "collections.abc.html#collections.abc.Iterable",
     "Mapping": PYTHON + "collections.abc.html#collections.abc.Mapping",
     "Module": TORCH + "generated/torch.nn.Module.html",
+    "Optimizer": TORCH + "optim.html#torch.optim.Optimizer",
     "Path": PYTHON + "pathlib.html#pathlib.Path",
+    "ProcessGroup": TORCH + "distributed.html#groups",
     "PyroOptim": PYRO + "optimization.html#pyro.optim.optim.PyroOptim",
     "Sequence": PYTHON + "collections.abc.html#collections.abc.Sequence",
     "Size": TORCH + "size.html#torch.Size",
     "SVI": PYRO + "inference_algos.html#pyro.infer.svi.SVI",
+    "Store": TORCH + "distributed.html#torch.distributed.Store",
+    "TCPStore": TORCH + "distributed.html#torch.distributed.TCPStore",
     "Tensor": TORCH + "tensors.html#torch.Tensor",
     "TorchDistribution": PYRO + "distributions.html#torchdistribution",
     "Trace": PYRO + "poutine.html#trace",
