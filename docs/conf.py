@@ -57,6 +57,7 @@ LINKS = {
     "Iterable": PYTHON + "collections.abc.html#collections.abc.Iterable",
     "Mapping": PYTHON + "collections.abc.html#collections.abc.Mapping",
     "Module": TORCH + "generated/torch.nn.Module.html",
+    "Optimizer": TORCH + "optim.html#torch.optim.Optimizer",
     "Path": PYTHON + "pathlib.html#pathlib.Path",
     "PyroOptim": PYRO + "optimization.html#pyro.optim.optim.PyroOptim",
     "Sequence": PYTHON + "collections.abc.html#collections.abc.Sequence",
