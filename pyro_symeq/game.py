@@ -555,13 +555,13 @@ class Game:
         utilities = {}
         for names in rounds:
             with self._shield.lowered():
-                ascents = [self._shared(rounds, name, ascend) for name in names]
+                ascents = [self._common_ascent(rounds, name, ascend) for name in names]
             for name, way in zip(names, ascents, strict=True):
                 self._strategies[name].move(way.parameters, way.gradients, way.found_inf)
                 utilities[name] = way.utility
         return utilities
 
-    def _shared(self, rounds: Rounds, name: str, ascend: Callable[[str], Ascent]) -> Ascent:
+    def _common_ascent(self, rounds: Rounds, name: str, ascend: Callable[[str], Ascent]) -> Ascent:
         """Where a player goes, on average over the ranks of the process group."""
         place = (f"step {self.num_steps + 1}", rounds, name)
         return self._ranks.ascent(place, partial(ascend, name), self._strategies[name].parameters)
