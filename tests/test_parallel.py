@@ -1,5 +1,6 @@
 """Several ranks train as one: means, random numbers, checkpoints, errors."""
 
+import math
 import random
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pyro_symeq import Batch, Game, Player, SymmetricEquilibrium, SymmetricUtility
+from pyro_symeq.nonfinite import NotFiniteError
 from pyro_symeq.pair import Pair
 from tests.comparison import same
 from tests.enumerable import Decoder, Encoder, Ladder
@@ -319,7 +321,7 @@ def test_an_error_of_one_rank_is_everyones():
         assert second[place] == (TypeError, "no such luck")
         assert first[place][0] is RuntimeError
         assert first[place][1] == "Rank 1 of the process group can't go on: no such luck"
-    assert first["infinite"][0] is second["infinite"][0] is ValueError
+    assert first["infinite"][0] is second["infinite"][0] is NotFiniteError
     assert "Expected a finite utility of the decoder, got -inf" in second["infinite"][1]
     assert (
         "Rank 1 of the process group can't go on: Expected a finite utility"
@@ -332,6 +334,32 @@ def test_an_error_of_one_rank_is_everyones():
     assert "Nobody moves" in first["nobody"][1]
     assert "Rank 0 of the process group can't go on: Nobody moves" in second["nobody"][1]
     assert all(are_intact for _, are_intact, _ in results)
+    assert same(results[0][-1], results[1][-1])
+
+
+def step_over_a_bad_batch(rank):
+    """A step, a batch that is bad on one rank alone, and another step."""
+    ladder = fresh(rank)
+    symeq = SymmetricEquilibrium(
+        ladder.model,
+        ladder.guide,
+        Adam({"lr": 0.03}),
+        process_group=world(),
+        nonfinite="skip",
+    )
+    x = batch_of(0)["x"]
+    symeq.step(x)
+    before = values(ladder)
+    with pytest.warns(UserWarning, match="Skipped a batch, and nobody moved"):
+        loss = symeq.step(x * torch.nan if rank == 1 else x)
+    is_skipped = math.isnan(loss) and same(values(ladder), before)
+    symeq.step(x)
+    return is_skipped, symeq.num_steps, values(ladder)
+
+
+def test_all_ranks_skip_what_is_bad_on_one():
+    results = launch(2, step_over_a_bad_batch)
+    assert all(result[:2] == (True, 3) for result in results)
     assert same(results[0][-1], results[1][-1])
 
 
