@@ -56,6 +56,7 @@ LINKS = {
     "ELBO": PYRO + "inference_algos.html#pyro.infer.elbo.ELBO",
     "Generator": TORCH + "generated/torch.Generator.html#torch.Generator",
     "Iterable": PYTHON + "collections.abc.html#collections.abc.Iterable",
+    "Iterator": PYTHON + "collections.abc.html#collections.abc.Iterator",
     "Mapping": PYTHON + "collections.abc.html#collections.abc.Mapping",
     "Module": TORCH + "generated/torch.nn.Module.html",
     "Optimizer": TORCH + "optim.html#torch.optim.Optimizer",
