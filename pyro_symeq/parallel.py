@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -33,6 +33,7 @@ from pyro_symeq.strategy import State, Strategy
 Group: TypeAlias = "torch.distributed.ProcessGroup | None"
 T = TypeVar("T")
 Place = tuple[Any, ...]  # what tells an exchange from others
+Kind = Literal["not finite", "wrong value", "other"]  # of errors
 
 NEW: Place = ("new parameters or buffers",)
 UTILITY = ""  # no parameter has this name
@@ -271,24 +272,28 @@ class _Plan:
     tensors: Mapping[str, str] = field(default_factory=dict)
     known: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
-    kind: type[Exception] = RuntimeError
+    kind: Kind = "other"
 
 
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: f"{x.dtype} {tuple(x.shape)} on {x.device.type}" for name, x in tensors.items()}
 
 
-def _kind_of(error: Exception) -> type[Exception]:
-    """The kind of error that the other ranks raise."""
+def _kind_of(error: Exception) -> Kind:
     if is_of_nonfinite(error):
-        return NotFiniteError
-    return ValueError if isinstance(error, ValueError) else RuntimeError
+        return "not finite"
+    return "wrong value" if isinstance(error, ValueError) else "other"
 
 
 def _check_errors(plans: Sequence[_Plan]) -> None:
     for rank, plan in enumerate(plans):
         if plan.error is not None:
-            raise plan.kind(f"Rank {rank} of the process group can't go on: {plan.error}")
+            message = f"Rank {rank} of the process group can't go on: {plan.error}"
+            if plan.kind == "not finite":
+                raise NotFiniteError(message)
+            if plan.kind == "wrong value":
+                raise ValueError(message)
+            raise RuntimeError(message)
 
 
 def _check_alike(plans: Sequence[_Plan]) -> None:

@@ -83,7 +83,7 @@ class Recording:
         Raises:
             Exception: There is no compiler, or it doesn't know an operation.
         """
-        compiled = replace(self, run=torch.compile(self.operations, dynamic=False))
+        compiled = replace(self, run=torch.compile(self.operations.forward, dynamic=False))
         with randomness.kept():
             compiled.tried(*inputs)  # which compiles
         return compiled
