@@ -1,0 +1,1 @@
+"""Images with segmentations, learned as a game of three players."""
