@@ -43,7 +43,7 @@ types: venv  ## static types
 	$(BIN)/mypy
 
 docs: venv  ## the documentation, in docs/_build/html; executes its notebook
-	$(BIN)/sphinx-build -E -a -W --keep-going -n -q docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -E -a -W --keep-going -n -q docs docs/_build/html
 
 dist: venv  ## build the wheel and the source archive, in dist
 	rm -rf dist
