@@ -293,13 +293,13 @@ class Game:
         Raises:
             TypeError: A utility returns no tensor.
             ValueError: A player can't learn from this batch, a utility returns no scalar or is not
-                finite, all players are frozen, or inference mode is on. Nothing has moved then;
-                with Pyro's validation off, players that came before may have. On a GPU, with
-                validation off, what is not finite is told when the loss is read.
+                finite (unless ``nonfinite="skip"``), all players are frozen, or inference mode is
+                on. Nothing has moved then; with Pyro's validation off, players that came before
+                may have. On a GPU, with validation off, what is not finite is told when the loss
+                is read.
         """
         if torch.is_inference_mode_enabled():
             raise ValueError("Nothing can be learned within torch.inference_mode(). Leave it.")
-        call = (args, kwargs)
         call = (args, kwargs)
         with self._shield:
             with self._ranks.working():
