@@ -76,10 +76,14 @@ def _kind(leaf: Any) -> Any:
     return leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf)
 
 
-def module_of(program: Program) -> nn.Module | None:
-    """The module that a program is, or whose method it is."""
-    owner = getattr(inspect.unwrap(program), "__self__", program)
-    return owner if isinstance(owner, nn.Module) else None
+def module_of(program: Any) -> nn.Module | None:
+    """The module that a program is, or whose method it is, perhaps with handlers around it."""
+    while program is not None:
+        for place in (program, getattr(program, "__self__", None)):
+            if isinstance(place, nn.Module):
+                return place
+        program = getattr(program, "func", getattr(program, "__wrapped__", None))
+    return None
 
 
 def parameters(program: Program) -> list[inspect.Parameter]:

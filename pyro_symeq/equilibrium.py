@@ -13,7 +13,7 @@ and each player climbs its own utility towards it: :math:`\theta` along :math:`\
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
 from typing import Any, Literal, cast
@@ -23,12 +23,14 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from pyro_symeq.batch import batches
+from pyro_symeq.batch import Batch, batches
 from pyro_symeq.binding import Call, Program
 from pyro_symeq.checks import check_count
 from pyro_symeq.game import Captures, Game, Nonfinite, Own, Player
 from pyro_symeq.loss import SymmetricLoss
+from pyro_symeq.pair import Pair
 from pyro_symeq.parallel import Group
+from pyro_symeq.play import Play
 from pyro_symeq.rehearsal import Bind
 from pyro_symeq.strategy import State
 from pyro_symeq.utility import SymmetricUtility
@@ -186,15 +188,13 @@ class SymmetricEquilibrium(Game):
             off, it waits on a GPU until somebody looks at it.
 
         Raises:
-            ValueError: The pair can't learn from this batch, or a utility is not finite. Nothing
-                has moved then; with Pyro's validation off, the decoder may have. On a GPU, with
-                validation off, what is not finite is told when the loss is read.
+            ValueError: The pair can't learn from this batch, or a utility is not finite, unless
+                ``nonfinite="skip"``. Nothing has moved then; with Pyro's validation off, the
+                decoder may have. On a GPU, with validation off, what is not finite is told when
+                the loss is read.
         """
-        self._pair.code_weight = self._code.weight(self.num_steps)
-        try:
+        with self._pair.coded(self._code.weight(self.num_steps)):
             loss = cast(SymmetricLoss, super().step(*args, **kwargs))
-        finally:
-            self._pair.code_weight = 0.0
         self._look((args, kwargs), loss)
         return loss
 
@@ -236,17 +236,9 @@ class SymmetricEquilibrium(Game):
 
     def _information(self, call: Call, are_coded: bool = False) -> dict[str, Tensor]:
         place = (f"step {self.num_steps}", "information")
-        found = self._ranks.gathered(place, partial(self._own_information, call, are_coded))
-        return _means(found)
-
-    def _own_information(self, call: Call, are_coded: bool) -> dict[str, Tensor]:
-        """The information in latents about this rank's rows."""
-        play = self._stage.play()
-        found = (
-            self._pair.information(play, batch.call, NUM_DRAWS, are_coded)
-            for batch in batches(call)
-        )
-        return next(filter(None, found), {})
+        play, parts = self._stage.play(), batches(call)
+        look = partial(information_in, self._pair, play, parts, are_coded)
+        return _means(self._ranks.gathered(place, look))
 
     def _unrecorded(self) -> set[str]:
         return {"encoder"} if self._code.weight(self.num_steps) else set()
@@ -257,6 +249,21 @@ class SymmetricEquilibrium(Game):
 
     def _watched(self) -> set[str]:
         return {"decoder", "encoder"}
+
+
+def information_in(
+    pair: Pair, play: Play, parts: Iterable[Batch], are_coded: bool
+) -> dict[str, Tensor]:
+    """What each latent says about the first of some batches that tells (bits), by site.
+
+    Args:
+        pair: The two programs.
+        play: The play.
+        parts: The batches.
+        are_coded: Whether to look at latents that have a code alone.
+    """
+    found = (pair.information(play, part.call, NUM_DRAWS, are_coded) for part in parts)
+    return next(filter(None, found), {})
 
 
 def _means(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 
 from pyro_symeq import randomness
 from pyro_symeq.batch import Batch, batches
-from pyro_symeq.binding import Call, Program
+from pyro_symeq.binding import Call, Program, module_of
 from pyro_symeq.checks import check_count
-from pyro_symeq.equilibrium import NUM_DRAWS, schedule, whose
+from pyro_symeq.equilibrium import information_in, schedule, whose
 from pyro_symeq.game import Own, Player, claims_of
 from pyro_symeq.ownership import NOTHING_TO_LEARN, Parameters
 from pyro_symeq.play import Ascent, Score, Stage, ascent
@@ -147,7 +147,7 @@ class SymmetricModule(LightningModule):
         self._utilities: dict[str, Tensor] = {}
         self._seed: int | None = None
         self._random: State | None = None
-        self.networks = nn.ModuleList(_outermost([*map(_home, (model, guide)), *own.values()]))
+        self.networks = nn.ModuleList(_outermost([*map(module_of, (model, guide)), *own.values()]))
         self.statements = nn.ParameterDict()  # of pyro.param
         self._own = self._held(self._found(own, example))
         self._stage = self._stage_of(self._own)
@@ -269,11 +269,8 @@ class SymmetricModule(LightningModule):
         return learners - {"decoder"} if is_warming_up else learners
 
     def _ascent(self, name: str, call: Call) -> Ascent:
-        self._pair.code_weight = self._code.weight(self.num_steps)
-        try:
+        with self._pair.coded(self._code.weight(self.num_steps)):
             return ascent(partial(self._score, name), call)
-        finally:
-            self._pair.code_weight = 0.0
 
     def _score(self, name: str, call: Call) -> Score:
         """Scores a player.
@@ -341,9 +338,7 @@ class SymmetricModule(LightningModule):
             warn_if_collapsed(steps, self._information(parts))
 
     def _information(self, parts: Sequence[Batch], are_coded: bool = False) -> dict[str, Tensor]:
-        play = self._stage.play()
-        found = (self._pair.information(play, x.call, NUM_DRAWS, are_coded) for x in parts)
-        return next(filter(None, found), {})
+        return information_in(self._pair, self._stage.play(), parts, are_coded)
 
     def _stage_of(self, claims: Mapping[str, Parameters]) -> Stage:
         utilities = {"decoder": self._pair.decoder, "encoder": self._pair.encoder}
@@ -433,16 +428,6 @@ def _labelled(leaves: Iterable[Tensor]) -> Parameters:
 def _is_statement(name: str) -> bool:
     """Whether a parameter has its name from ``pyro.param`` and not from ``pyro.module``."""
     return module_from_param_with_module_name(name) == name
-
-
-def _home(program: Any) -> nn.Module | None:
-    """The module that a program is, or is a method of, perhaps with handlers around it."""
-    while program is not None:
-        for place in (program, getattr(program, "__self__", None)):
-            if isinstance(place, nn.Module):
-                return place
-        program = getattr(program, "func", getattr(program, "__wrapped__", None))
-    return None
 
 
 def _outermost(candidates: Iterable[Any]) -> list[nn.Module]:

@@ -1,6 +1,7 @@
 """A model and a guide, with the utilities of the decoder and the encoder of a game."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -99,6 +100,15 @@ class Pair:
         """Traces the guide at the data, without a graph, and the model at them so completed."""
         completion, run = self._fitting(lambda _, *at: self._wake(*at), play, call)
         return completion, run.trace
+
+    @contextmanager
+    def coded(self, weight: float) -> Iterator[None]:
+        """Lets a code count so much in the gradient of the encoder's utility."""
+        self.code_weight = weight
+        try:
+            yield
+        finally:
+            self.code_weight = 0.0
 
     def information(
         self, play: Play, call: Call, num_draws: int, are_coded: bool = False
