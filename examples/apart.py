@@ -28,11 +28,11 @@ import pyro
 import torch.distributed
 from torch import Tensor
 
-from cli import begun, ended_cleanly, parser
+from cli import begun, ended_cleanly, parser, share
 
 with ended_cleanly("apart.py"):
     from data import DataError, load
-    from data_exchange import NUM_DRAWS, OWN, SETTINGS, VAE, drawn, of, weight
+    from data_exchange import NUM_DRAWS, OWN, SETTINGS, VAE, drawn, of
     from pyro_symeq import DreamExchange, Game, data_exchange_game
     from pyro_symeq.metrics import log_likelihood
     from training import cosine, train
@@ -59,9 +59,7 @@ class Saved:
         """Lets the player move on images of its own."""
         loss = self.game.step(x)
         if self.game.num_steps % self.every == 0:
-            new = self.path.with_suffix(".new")
-            torch.save(self.game.state_dict(), new)
-            os.replace(new, self.path)
+            self.game.save(self.path)
         return loss
 
 
@@ -115,7 +113,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     options.add_argument(
         "--alpha",
-        type=weight,
+        type=share,
         default=0.5,
         help="the weight of the own images; the dreams of the other have the rest "
         "(default: %(default)s)",
@@ -164,7 +162,7 @@ def run(options: argparse.Namespace) -> None:
         on_missing="continue",
     ) as exchange:
         if options.resume:
-            exchange.load_state_dict(torch.load(path, options.device, weights_only=True))
+            exchange.load(path)
         saved = Saved(exchange, path, min(EVERY, settings.steps))
         train(saved, optim, batch, settings.steps - exchange.num_steps)
     tell("with exchange")

@@ -1,6 +1,7 @@
 """What the example programs have in common for their users: options, and errors without traces."""
 
 import argparse
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ Settings = TypeVar("Settings", bound="DataclassInstance")
 
 EXTRAS = {"tensorboard": "tensorboard"}
 
-__all__ = ["add_data_root", "begun", "count", "device", "ended_cleanly", "parser"]
+__all__ = ["add_data_root", "begun", "count", "device", "ended_cleanly", "parser", "share"]
 
 
 def parser(description: str, data: Iterable[str]) -> argparse.ArgumentParser:
@@ -69,6 +70,17 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return int(text)
+
+
+def share(text: str) -> float:
+    """Reads a number above 0 and at most 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, got {text!r}")
+    return value
 
 
 def begun(options: argparse.Namespace, settings: Settings) -> Settings:

@@ -42,7 +42,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cli import begun, ended_cleanly, parser
+from cli import begun, ended_cleanly, parser, share
 
 with ended_cleanly("data_exchange.py"):
     from matplotlib.colors import to_rgb
@@ -366,23 +366,12 @@ def panel(part: SubFigure, result: Result, side: int, num_rows: int = 3) -> None
     )
 
 
-def weight(text: str) -> float:
-    """Reads a weight above 0 and at most 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, got {text!r}")
-    return value
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the options of the program."""
     options = parser("Two models learn digits that they never had from each other.", SETTINGS)
     options.add_argument(
         "--alpha",
-        type=weight,
+        type=share,
         default=0.5,
         help="the weight of the own images; the dreams of the other have the rest, and with 1 "
         "there is no exchange (default: %(default)s)",

@@ -15,7 +15,6 @@ import argparse
 import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import distributed
@@ -25,19 +24,6 @@ from cli import begun, count, ended_cleanly, parser
 with ended_cleanly("parallel_digits.py"):
     from data import DataError, load
     from digits import SETTINGS, Training, report
-
-
-def save(training: Training, path: Path) -> None:
-    """Writes the checkpoint; at no time is there half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(training.symeq.state_dict(), temporary)
-    os.replace(temporary, path)
-
-
-def resume(training: Training, path: Path) -> None:
-    """Goes on from the checkpoint, if there is one. All ranks read it."""
-    if path.exists():
-        training.symeq.load_state_dict(torch.load(path, "cpu", weights_only=True))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -66,7 +52,8 @@ def run(options: argparse.Namespace) -> None:
         process_group=distributed.group.WORLD,
     )
     checkpoint = options.out / f"parallel_{options.data}.pt"
-    resume(training, checkpoint)
+    if checkpoint.exists():  # all ranks read it
+        training.symeq.load(checkpoint)
 
     first, start = training.symeq.num_steps, time.perf_counter()
     if rank == 0:
@@ -74,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     for step in range(first + 1, settings.steps + 1):
         loss = training.step()
         if rank == 0 and (step % options.save_every == 0 or step == settings.steps):
-            save(training, checkpoint)
+            training.symeq.save(checkpoint)  # at no time is there half of one
             told = "  ".join(f"{n} {u:7.2f}" for n, u in training.utilities(loss).items())
             print(f"step {step:6d}  {told} nats per image, saved", flush=True)
     distributed.destroy_process_group()
@@ -86,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the program."""
     options = parse(arguments)
-    with ended_cleanly("parallel_digits.py", DataError, RuntimeError):
+    with ended_cleanly("parallel_digits.py", DataError, RuntimeError, ValueError):
         run(options)
 
 

@@ -18,7 +18,6 @@ Run ``python examples/three_players.py --help`` for the options.
 """
 
 import argparse
-import math
 import time
 from dataclasses import asdict
 from functools import partial
@@ -29,7 +28,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from cli import begun, ended_cleanly, parser
+from cli import begun, ended_cleanly, parser, share
 
 with ended_cleanly("three_players.py"):
     from data import DataError
@@ -147,17 +146,6 @@ def stem(options: argparse.Namespace, *more: str) -> Path:
     """The common beginning of the names of a run's files, and what follows it."""
     parts = "three-players", options.data, options.method, options.labelled, options.preset
     return options.out / "-".join(map(str, (*parts, options.seed, *more)))
-
-
-def share(text: str) -> float:
-    """Reads a number above 0, up to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, up to 1, got {text!r}")
-    return value
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

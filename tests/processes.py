@@ -1,8 +1,10 @@
-"""Example programs run as a user runs them, where no network can be reached."""
+"""Example programs run as a user runs them, where no network can be reached; full disks."""
 
 import os
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -22,3 +24,14 @@ def run_example(program, *options):
     return subprocess.run(
         command(program, *options), capture_output=True, text=True, env=ENVIRONMENT, check=False
     )
+
+
+@contextmanager
+def little_space(num_bytes):
+    """Files can't grow beyond so many bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

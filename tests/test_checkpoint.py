@@ -3,12 +3,10 @@
 import io
 import os
 import pickle
-import resource
 import stat
 import subprocess
 import time
 import zipfile
-from contextlib import contextmanager
 
 import pyro
 import pyro.distributions as dist
@@ -19,6 +17,7 @@ from torch import nn
 
 from pyro_symeq import Game, Player, SymmetricEquilibrium, checkpoint
 from tests.comparison import same
+from tests.processes import little_space
 
 X = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]], dtype=torch.float64).repeat(3, 1)
 STATE = {"place": torch.arange(1000.0), "history": [{"step": 1, "loss": 0.5}], "name": "a"}
@@ -60,17 +59,6 @@ class Pair:
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "run.pt"
-
-
-@contextmanager
-def little_space(num_bytes):
-    """Files can't grow beyond so many bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def names(path):

@@ -1,9 +1,7 @@
 """Fault drills with real processes and signals: whatever dies or stops, nothing saved is lost."""
 
-import contextlib
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +14,7 @@ import torch
 from pyro_symeq.strategy import Strategy
 from tests.comparison import same
 from tests.drilled import DATA, DRILLS, Training
-from tests.processes import EXAMPLES
+from tests.processes import EXAMPLES, little_space
 
 sys.path.append(str(EXAMPLES))
 
@@ -191,16 +189,6 @@ def test_a_long_run_writes_all_at_ctrl_c_within_a_step(double, tmp_path):
     assert same(again.decoder.weight, stopped.decoder.weight)
     run.train()
     assert same(again.symeq.state_dict(), whole.symeq.state_dict())
-
-
-@contextlib.contextmanager
-def little_space(num_bytes):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_long_run_goes_on_while_the_disk_is_full(double, tmp_path, capsys):

@@ -6,17 +6,16 @@ file with a checksum, as bytes, and taken from there as long as the source is th
 """
 
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
 
 from data import DataError
 from faces import celeba, lfw, textured_digits
+from pyro_symeq import checkpoint
 
 __all__ = ["Pairs", "Splits", "load"]
 
@@ -124,10 +123,8 @@ def _checksum(parts: dict[str, Tensor]) -> str:
 
 def _keep(path: Path, fingerprint: str, parts: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     kept = {"source": fingerprint, "checksum": _checksum(parts), "parts": parts}
-    torch.save(kept, temporary)
-    os.replace(temporary, path)
+    checkpoint.save(path, kept)
 
 
 def _kept(path: Path, fingerprint: str) -> dict[str, Tensor] | None:
@@ -139,10 +136,10 @@ def _kept(path: Path, fingerprint: str) -> dict[str, Tensor] | None:
     if not path.exists():
         return None
     try:
-        kept = torch.load(path, weights_only=True)
+        kept = checkpoint.load(path)
         source, checksum, parts = kept["source"], kept["checksum"], kept["parts"]
         is_whole = _checksum(parts) == checksum
-    except (AttributeError, EOFError, KeyError, RuntimeError, TypeError, UnpicklingError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         is_whole = False
     if not is_whole:
         raise DataError(f"{path} is damaged. Remove it; it is made anew from the data set.")
