@@ -25,7 +25,7 @@ from pyro_symeq.batch import Batch, batches
 from pyro_symeq.binding import Call, Program, close, open_parameters
 from pyro_symeq.checks import check_count
 from pyro_symeq.data_exchange import Data, check_shares, members, needed, shaped, with_rows
-from pyro_symeq.game import Captures, Game, Player, Updates
+from pyro_symeq.game import Captures, Game, Nonfinite, Player, Updates
 from pyro_symeq.loss import GameLoss
 from pyro_symeq.mailbox import Greeting, Mailbox
 from pyro_symeq.parcel import Form, pack, unpack
@@ -69,6 +69,7 @@ class DreamExchange(Game):
         updates: See :class:`Game`; the players are ``name``, or those of a pair,
             ``"name.decoder"`` and ``"name.encoder"``.
         capture: See :class:`Game`.
+        nonfinite: See :class:`Game`; the others get dreams in such a step, too.
 
     Attributes:
         missing: The names of players who are missing, and since which step.
@@ -108,12 +109,14 @@ class DreamExchange(Game):
         on_missing: Literal["stop", "continue"] = "stop",
         updates: Updates = "alternating",
         capture: Captures = False,
+        nonfinite: Nonfinite = "raise",
     ) -> None:
         self._member = members({name: model})[name]
         super().__init__(
             [Player(who, of, optim, utility) for who, of, utility in self._member.players()],
             updates=updates,
             capture=capture,
+            nonfinite=nonfinite,
         )
         if not isinstance(store, torch.distributed.Store):  # type: ignore[attr-defined]
             raise TypeError(

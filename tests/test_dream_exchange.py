@@ -1,5 +1,6 @@
 """Players in processes of their own: what they learn, what crosses, and who goes missing."""
 
+import math
 import re
 import signal
 import struct
@@ -617,6 +618,24 @@ def test_a_nan_leaves_all_as_it_was(start):
     players[1].value()
     assert torch.equal(players[0].call("theta"), theta)
     together(players, "steps", [2, 2], [x, x])
+
+
+def test_a_bad_batch_is_skipped_by_one_and_the_others_go_on(start):
+    x = torch.zeros(3)
+    players = [start(Gauss, name, HALF, torch.tensor(1.0), nonfinite="skip") for name in "ab"]
+    together(players, "steps", [2, 2], [x, x])
+    before = [player.call("theta") for player in players]
+    for player, batch in zip(players, (x * torch.nan, x), strict=True):
+        player.begin("step", batch)
+    utilities, (warned,) = players[0].end()
+    assert math.isnan(utilities["a"])
+    assert warned.startswith("Skipped a batch, and nobody moved: ")
+    players[1].value()
+    after = [player.call("theta") for player in players]
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1])
+    together(players, "steps", [2, 2], [x, x])
+    assert not torch.equal(players[0].call("theta"), before[0])
 
 
 def test_on_a_device(start, device):
