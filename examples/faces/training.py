@@ -53,7 +53,7 @@ class Settings:
     shape_bits: int = 50
     appearance_bits: int = 100
     width: int = 24
-    num_rounds: int = 1
+    num_rounds: int = 3
     num_decided: int = 100
     decision_rounds: int = 100
     sample_rounds: int = 200
