@@ -180,7 +180,7 @@ class Experiment:
 
 @dataclass
 class Column:
-    """The runs of an experiment in one setting.
+    """The runs of an experiment in one setting, where each method has a learning rate of its own.
 
     Args:
         name: The name of the setting.
@@ -193,14 +193,15 @@ class Column:
     runs: dict[int, Figures] = field(default_factory=dict)
 
     def add(self, record: Record, figures: Figures) -> None:
-        """Adds a run, which must be like the others in all but seed and method."""
+        """Adds a run, which must be like the others in all but seed, method and its rate."""
         own = record.identity
         for other in self.records:
             theirs = other.identity
             differing = {k for k in own.keys() | theirs if own.get(k) != theirs.get(k)}
             if not differing:
                 raise RecordError(f"{record.name} repeats {other.name}. Remove one.")
-            if others := differing - {"seed", "method"}:
+            free = {"seed", "method"} | ({"learning_rate"} if "method" in differing else set())
+            if others := differing - free:
                 raise RecordError(
                     f"{record.name} and {other.name} differ in {', '.join(sorted(others))}, so "
                     "there is no mean of the two. Remove one."
@@ -493,15 +494,18 @@ def _runs(found: Found) -> Iterator[str]:
             for (environment, method), group in _groups(column.records).items():
                 run = f"{experiment.title}; {column.name}; {method}"
                 seeds = ", ".join(str(record.get("settings", "seed")) for record in group)
-                steps, size = (group[0].get("settings", k) for k in ("steps", "batch_size"))
+                steps, size, rate = (
+                    group[0].get("settings", key)
+                    for key in ("steps", "batch_size", "learning_rate")
+                )
                 seconds = [sum(record.get("seconds").values()) for record in group]
-                row = [run, seeds, f"{steps:,} of {size:,}", spread(seconds)]
+                row = [run, seeds, f"{steps:,} of {size:,}", f"{rate:g}", spread(seconds)]
                 rows.setdefault(environment, []).append(row)
                 commands += [f"# {run}; seeds {seeds}", command(group[0])]
     yield "## Runs\n"
     for environment, each in rows.items():
         yield f"On {environment}:\n"
-        yield _table(["run", "seeds", "steps", "time of all parts (s)"], each)
+        yield _table(["run", "seeds", "steps", "learning rate", "time of all parts (s)"], each)
     yield from _listed("The commands, each with `--seed` and a number:", commands)
     yield from _listed("Those that have not been run:", list(_missing(found)))
 

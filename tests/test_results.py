@@ -28,7 +28,14 @@ def content(program, settings, figures, **options):
     return {
         "program": program,
         "command": f"python examples/{program} --seed 0 --out /tmp/runs --device cuda",
-        "settings": {"seed": 0, "steps": 8000, "batch_size": 128, "num_draws": 100} | settings,
+        "settings": {
+            "seed": 0,
+            "steps": 8000,
+            "batch_size": 128,
+            "learning_rate": 1e-3,
+            "num_draws": 100,
+        }
+        | settings,
         "versions": {"python": "3.12", "torch": "2.11"},
         "hardware": {"device": "cpu", "machine": "x86_64", "cores": 2, "threads": 1},
         "seconds": {"training": 100.0, "evaluation": 20.0},
@@ -177,7 +184,7 @@ def test_runs_tell_where_and_how(tmp_path):
     (record,) = records(tmp_path, labelled(0.99))
     text = page([record])
     assert "On cpu (x86_64, 2 cores, threads: 1), python 3.12, torch 2.11:" in text
-    assert "| MNIST with labels; laptop; game | 0 | 8,000 of 128 | 120 |" in text
+    assert "| MNIST with labels; laptop; game | 0 | 8,000 of 128 | 0.001 | 120 |" in text
     assert command(record) == "python examples/mnist_labelled.py"
 
 
@@ -220,6 +227,20 @@ def test_a_record_that_lacks_a_part(tmp_path, key):
         page(records(tmp_path, run))
 
 
+def test_each_method_may_have_a_learning_rate_of_its_own(tmp_path):
+    runs = [
+        hierarchical("game", 10.0, 12.0, learning_rate=4e-3),
+        hierarchical("elbo", 30.0, 30.0, learning_rate=2e-3),
+    ]
+    text = page(records(tmp_path, *runs))
+    rates = [
+        cells(text, "Runs", f"MNIST, ladder; laptop, tanh; {method}")["learning rate"]
+        for method in ("game", "ELBO")
+    ]
+    assert rates == ["0.004", "0.002"]
+    assert "(MNIST, ladder; laptop, tanh): holds" in text
+
+
 def test_files_that_are_no_records(tmp_path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(SystemExit, match="results_page.py: a.json is no JSON file"):
@@ -235,5 +256,7 @@ def test_records_that_do_not_go_together(tmp_path):
         page(records(tmp_path, run, run))
     with pytest.raises(RecordError, match="1.json and 0.json differ in steps"):
         page(records(tmp_path, run, hierarchical("elbo", 10.0, 12.0, steps=5)))
+    with pytest.raises(RecordError, match="1.json and 0.json differ in learning_rate"):
+        page(records(tmp_path, run, hierarchical("game", 9.0, 9.0, learning_rate=1.0, seed=1)))
     with pytest.raises(RecordError, match="0.json is of no experiment on the page"):
         page(records(tmp_path, hierarchical("game", 10.0, 12.0, data="digits")))
