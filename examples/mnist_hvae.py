@@ -1,13 +1,14 @@
 r"""A hierarchical VAE of MNIST or Fashion-MNIST, learned as a game or by its ELBO.
 
 This is the first experiment of Flach, Schlesinger, Shekhovtsov (2024). The pair of ``hvae.py`` is
-learned by one of several methods, from the same initial parameters, with the same optimiser and
-the same number of steps. Then its decoder is asked for images, and so is the limiting distribution
-of decoder and encoder. Both are compared with images that were held out, by the Fréchet distance
-in the features of a classifier. In a consistent pair, the two distances are alike.
+learned by one of several methods, from the same initial parameters, in the same number of steps of
+the same optimiser, at a learning rate that suits the method. Then its decoder is asked for images,
+and so is the limiting distribution of decoder and encoder. Both are compared with images that were
+held out, by the Fréchet distance in the features of a classifier. In a consistent pair, the two
+distances are alike.
 
 Each run leaves a JSON file of all figures, a picture of images, one of its latents, and a
-checkpoint. Once there is a run of the game and one of the ELBO that are alike in all else, a
+checkpoint. Once there is a run of the game and one of the ELBO that differ in nothing else, a
 picture shows them side by side.
 
 Run ``python examples/mnist_hvae.py --help`` for the options.
