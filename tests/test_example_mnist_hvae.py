@@ -17,7 +17,7 @@ import mnist_hvae  # noqa: E402
 from features import feature_space  # noqa: E402
 from hvae import DEEP, FACTORISATIONS, STYLES, Size  # noqa: E402
 from judge import Judge  # noqa: E402
-from mnist_hvae import NAMES, PRESETS, Training, parse  # noqa: E402
+from mnist_hvae import NAMES, PRESETS, Training, chosen, parse  # noqa: E402
 
 SMALL = Size(width=16, num_channels=2)
 WAYS = [("game", "ladder"), ("game", "reverse"), ("elbo", "ladder"), ("rws", "reverse")]
@@ -74,6 +74,20 @@ def test_outputs_have_unit_variance_at_the_start():
     logits = hvae.decoder.units(torch.rand(500, 30).round())
     # SiLU makes 0.36 of the mean square of a standard normal, and a layer keeps it
     assert logits.var().item() == pytest.approx(0.36, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rate"),
+    [
+        ("", 4e-3),
+        ("--method elbo", 2e-3),
+        ("--method elbo --learning-rate 1e-4", 1e-4),
+        ("--learning-rate 1e-4", 1e-4),
+        ("--method elbo --preset paper", 1e-4),
+    ],
+)
+def test_each_method_has_its_learning_rate(arguments, rate):
+    assert chosen(parse(arguments.split())).learning_rate == rate
 
 
 def training(method, factorisation, *others):
