@@ -210,6 +210,18 @@ def test_it_warns_of_a_collapse_and_names_the_layers():
         steps(symeq, data(), 1)
 
 
+def test_it_warns_of_a_late_collapse():
+    pair = Pair(gain=3.0)
+    symeq = game(pair, rest(), code_warmup=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps(symeq, data(), 500)
+        nn.init.zeros_(pair.features.weight)
+        steps(symeq, data(), 1499)
+    with pytest.warns(UserWarning, match="After 2000 steps the latents say hardly anything"):
+        steps(symeq, data(), 1)
+
+
 @pytest.mark.parametrize("options", [{"gain": 3.0}, {"gain": 0.0, "num_latents": 3}])
 def test_it_is_silent_where_latents_tell_of_the_data_and_in_small_pairs(options):
     pair = Pair(**options)
