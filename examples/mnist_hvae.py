@@ -255,7 +255,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def chosen(options: argparse.Namespace) -> Settings:
     """The settings of the preset, with what was asked for instead."""
     settings = begun(options, PRESETS[options.preset])
-    rate = options.learning_rate or SLOWER.get((options.preset, options.method))
+    rate = options.learning_rate
+    if rate is None:
+        rate = SLOWER.get((options.preset, options.method))
     asked = {"learning_rate": rate, "is_annealed": options.annealed}
     return replace(settings, **{name: x for name, x in asked.items() if x is not None})
 

@@ -83,6 +83,7 @@ def test_outputs_have_unit_variance_at_the_start():
         ("--method elbo", 2e-3),
         ("--method elbo --learning-rate 1e-4", 1e-4),
         ("--learning-rate 1e-4", 1e-4),
+        ("--method elbo --learning-rate 0", 0.0),
         ("--method elbo --preset paper", 1e-4),
     ],
 )
