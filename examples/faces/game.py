@@ -41,10 +41,12 @@ def three_players(
         num_rounds: The number of Gibbs rounds to a dream.
     """
     game = conditional_game(conditionals, optims, encoder=LATENTS, num_rounds=num_rounds)
-    return Game(_scored_alone(player) if player.name == "s" else player for player in game.players)
+    return Game(
+        _scored_in_chains(player) if player.name == "s" else player for player in game.players
+    )
 
 
-def _scored_alone(player: Player) -> Player:
+def _scored_in_chains(player: Player) -> Player:
     """Lets the player of segmentations be scored in a round of the chain that segments, too."""
     by_blocks = player.utility
     assert by_blocks is not None
