@@ -39,7 +39,7 @@ with ended_cleanly("mnist_hvae.py"):
     from hvae import DEEP, FACTORISATIONS, STYLES, Size
     from judge import LAYERS, Judge, Latents
     from long_runs import LongRun, RunError, add_options, write_record
-    from pyro_symeq import Game, GameLoss, Player, SymmetricEquilibrium
+    from pyro_symeq import Game, GameLoss, Player, SymmetricEquilibrium, SymmetricUtility
     from reweighted import Reweighted
     from training import cosine
 
@@ -67,6 +67,7 @@ class Settings:
         num_draws: The number of importance-weighted draws for a likelihood.
         flips: The probability with which a pixel of a training image is flipped.
         encoder_steps: How often the encoder moves in a step of the game, each time on other dreams.
+        num_proposals: Among how many draws of the encoder a latent is chosen for the game's decoder.
         learns_all: Whether held-out images are learned from too, and all are compared to.
     """
 
@@ -81,11 +82,14 @@ class Settings:
     num_draws: int = 100
     flips: float = 0.001
     encoder_steps: int = 1
+    num_proposals: int = 1
     learns_all: bool = False
 
 
 PRESETS = {
-    "laptop": Settings(8000, 128, 4e-3, True, Size(256, 16), 2000, 1000, 300, encoder_steps=2),
+    "laptop": Settings(
+        8000, 128, 4e-3, True, Size(256, 16), 2000, 1000, 300, encoder_steps=2, num_proposals=4
+    ),
     "paper": Settings(200_000, 1024, 1e-4, False, DEEP, 10_000, 2000, 1000, learns_all=True),
     "smoke": Settings(60, 32, 1e-3, True, Size(32, 4), 100, 50, 10, num_draws=5),
 }
@@ -128,6 +132,7 @@ class Training:
             self.hvae.model,
             self.hvae.guide,
             self.optim,
+            SymmetricUtility(num_proposals=self.settings.num_proposals),
             encoder_steps=self.settings.encoder_steps,
             code_warmup=0,  # these networks learn without it, and then draw better
             capture=True,
