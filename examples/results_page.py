@@ -21,6 +21,7 @@ from typing import Any
 DOCS = Path(__file__).parent.parent / "docs"
 HALF = 0.55  # and what rounds to it
 ALIKE = 2.5  # distances whose ratio is at most this
+OF_GAMES = "encoder_steps", "num_proposals"  # settings that other methods have no use for
 METHODS = {"game": "game", "elbo": "ELBO", "rws": "wake-sleep"}
 HOLDS, NOT_RUN, NONE = "holds", "not run", "–"
 
@@ -85,8 +86,10 @@ class Record:
     @property
     def identity(self) -> dict[str, Any]:
         """What its figures depend on."""
+        unused = () if self.method == METHODS["game"] else OF_GAMES
+        used = {name: x for name, x in self.get("settings").items() if name not in unused}
         given = {"seed": self.get("settings", "seed"), "method": self.method}
-        return self.get("settings") | given | {"feature space": self.space}
+        return used | given | {"feature space": self.space}
 
     @property
     def environment(self) -> str:
@@ -193,14 +196,15 @@ class Column:
     runs: dict[int, Figures] = field(default_factory=dict)
 
     def add(self, record: Record, figures: Figures) -> None:
-        """Adds a run, which must be like the others in all but seed, method and its rate."""
+        """Adds a run, which must be like the others in all but seed, method and what is its own."""
         own = record.identity
         for other in self.records:
             theirs = other.identity
             differing = {k for k in own.keys() | theirs if own.get(k) != theirs.get(k)}
             if not differing:
                 raise RecordError(f"{record.name} repeats {other.name}. Remove one.")
-            free = {"seed", "method"} | ({"learning_rate"} if "method" in differing else set())
+            own_to_method = {"learning_rate", *OF_GAMES} if "method" in differing else set()
+            free = {"seed", "method"} | own_to_method
             if others := differing - free:
                 raise RecordError(
                     f"{record.name} and {other.name} differ in {', '.join(sorted(others))}, so "

@@ -241,6 +241,20 @@ def test_each_method_may_have_a_learning_rate_of_its_own(tmp_path):
     assert "(MNIST, ladder; laptop, tanh): holds" in text
 
 
+def test_what_only_a_game_depends_on(tmp_path):
+    game = hierarchical("game", 10.0, 12.0, encoder_steps=2, num_proposals=4)
+    others = [
+        hierarchical("elbo", 30.0, 30.0, encoder_steps=2),
+        hierarchical("elbo", 40.0, 40.0, encoder_steps=2, num_proposals=4, seed=1),
+    ]
+    text = page(records(tmp_path, game, *others))
+    row = cells(text, "MNIST, ladder", "ELBO's decoder distance")
+    assert row["laptop, tanh"] == "35 (30 to 40)"
+    another = hierarchical("game", 10.0, 12.0, encoder_steps=2, num_proposals=1, seed=1)
+    with pytest.raises(RecordError, match="differ in num_proposals"):
+        page(records(tmp_path, game, *others, another))
+
+
 def test_files_that_are_no_records(tmp_path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(SystemExit, match="results_page.py: a.json is no JSON file"):
