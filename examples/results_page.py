@@ -69,7 +69,9 @@ class Record:
     @property
     def setting(self) -> str:
         """The name of its setting, among those of one experiment."""
-        return ", ".join([self.preset, *filter(None, [self.get("settings").get("net")])])
+        settings = self.get("settings")
+        rate = "" if settings.get("is_annealed", True) else "constant rate"
+        return ", ".join(filter(None, [self.preset, settings.get("net"), rate]))
 
     @property
     def method(self) -> str:

@@ -241,6 +241,15 @@ def test_each_method_may_have_a_learning_rate_of_its_own(tmp_path):
     assert "(MNIST, ladder; laptop, tanh): holds" in text
 
 
+def test_runs_at_a_constant_rate_are_a_setting_of_their_own(tmp_path):
+    runs = [
+        hierarchical("game", decoder, 12.0, is_annealed=is_annealed)
+        for decoder, is_annealed in ((10.0, True), (20.0, False))
+    ]
+    row = cells(page(records(tmp_path, *runs)), "MNIST, ladder", "game's decoder distance")
+    assert (row["laptop, tanh"], row["laptop, tanh, constant rate"]) == ("10", "20")
+
+
 def test_what_only_a_game_depends_on(tmp_path):
     game = hierarchical("game", 10.0, 12.0, encoder_steps=2, num_proposals=4)
     others = [
