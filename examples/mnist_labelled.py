@@ -254,11 +254,12 @@ class Judge:
 
 
 def look(judge: Judge, num_rounds: int) -> Figures:
-    """What is told on the way."""
+    """What is told on the way, after rounds that are too few for the limiting distribution."""
+    draws = judge.limiting(num_rounds, is_given=False)
     return {
         "accuracy": judge.accuracy(),
         "decoder distance": judge.distance(judge.decoded()).value,
-        "limiting distance": judge.distance(judge.limiting(num_rounds, is_given=False)).value,
+        f"distance after {num_rounds} rounds": judge.distance(draws).value,
     }
 
 

@@ -23,7 +23,8 @@ def test_a_smoke_run_leaves_its_figures_and_goes_on(tmp_path):
     assert 0 < distances["floor"] < min(distances["decoder"], distances["limiting"])
     ratio = distances["limiting"] / distances["decoder"]
     assert figures["limiting / decoder"] == pytest.approx(ratio)
-    assert {"accuracy", "decoder distance", "limiting distance"} < record["history"][-1].keys()
+    last = record["history"][-1]
+    assert {"accuracy", "decoder distance", "distance after 1 rounds"} < last.keys()
     for name in ("labelled-digits-smoke-0.png", "labelled-digits-smoke-0-latents.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 
