@@ -21,7 +21,8 @@ from typing import Any
 DOCS = Path(__file__).parent.parent / "docs"
 HALF = 0.55  # and what rounds to it
 ALIKE = 2.5  # distances whose ratio is at most this
-OF_GAMES = "encoder_steps", "num_proposals"  # settings that other methods have no use for
+# Settings that other methods have no use for, and their names on the page
+OF_GAMES = {"encoder_steps": "encoder moves in a step", "num_proposals": "proposals"}
 METHODS = {"game": "game", "elbo": "ELBO", "rws": "wake-sleep"}
 HOLDS, NOT_RUN, NONE = "holds", "not run", "–"
 
@@ -228,6 +229,8 @@ def hierarchical(record: Record) -> Figures:
         "log-likelihood (nats)": record.get("figures", f"log-likelihood/{draws} draws"),
         "floor of distances": record.get("figures", f"{space}/floor"),
     }
+    own = record.identity
+    told |= {label: own[name] for name, label in OF_GAMES.items() if name in own}
     if looks:
         told["limiting distance in the last quarter, most / least"] = max(looks) / min(looks)
     return {f"{owner} {name}": value for name, value in told.items()}
@@ -391,6 +394,8 @@ the examples leave at the end of a run. To add a run, put its JSON file there.
 - Distances are Fréchet distances from real images, in the feature space named. They can't be
   compared across feature spaces; their ratios can, roughly. The floor is the distance between two
   halves of the real images.
+- In a step, a game may move its encoder several times, and let its decoder choose among several
+  proposals, which takes more time, see [Runs](#runs).
 - Presets, `laptop` and `paper`, tell how much is computed, and not on what machine.
 """
 

@@ -259,6 +259,9 @@ def test_what_only_a_game_depends_on(tmp_path):
     text = page(records(tmp_path, game, *others))
     row = cells(text, "MNIST, ladder", "ELBO's decoder distance")
     assert row["laptop, tanh"] == "35 (30 to 40)"
+    assert cells(text, "MNIST, ladder", "game's encoder moves in a step")["laptop, tanh"] == "2"
+    assert cells(text, "MNIST, ladder", "game's proposals")["laptop, tanh"] == "4"
+    assert "ELBO's proposals" not in text
     another = hierarchical("game", 10.0, 12.0, encoder_steps=2, num_proposals=1, seed=1)
     with pytest.raises(RecordError, match="differ in num_proposals"):
         page(records(tmp_path, game, *others, another))
