@@ -18,7 +18,16 @@ Settings = TypeVar("Settings", bound="DataclassInstance")
 
 EXTRAS = {"tensorboard": "tensorboard"}
 
-__all__ = ["add_data_root", "begun", "count", "device", "ended_cleanly", "parser", "share"]
+__all__ = [
+    "add_data_root",
+    "begun",
+    "count",
+    "device",
+    "ended_cleanly",
+    "parser",
+    "part",
+    "share",
+]
 
 
 def parser(description: str, data: Iterable[str]) -> argparse.ArgumentParser:
@@ -74,13 +83,23 @@ def count(text: str) -> int:
 
 def share(text: str) -> float:
     """Reads a number above 0 and at most 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1:
+    if not 0 < (value := _number(text)) <= 1:
         raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, got {text!r}")
     return value
+
+
+def part(text: str) -> float:
+    """Reads a number from 0 to 1."""
+    if not 0 <= (value := _number(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def begun(options: argparse.Namespace, settings: Settings) -> Settings:

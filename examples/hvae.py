@@ -95,14 +95,24 @@ class Network(nn.Sequential):
                 _start_with_unit_variance(layer)
 
     def forward(self, bits: Tensor) -> Tensor:
-        """Maps bits, with shape :math:`(*, N, D)`, to logits, with shape :math:`(*, N, E)`."""
+        """Maps bits, with shape :math:`(*, N, D)`, to logits, with shape :math:`(*, N, E)`.
+
+        Logits are as precise as bits are, also where autocast makes layers less so.
+        """
         rows = bits.flatten(0, -2)
-        return super().forward(rows).flatten(1).unflatten(0, bits.shape[:-1])
+        return super().forward(rows).to(bits.dtype).flatten(1).unflatten(0, bits.shape[:-1])
 
 
 class _Centred(nn.Module):
     def forward(self, bits: Tensor) -> Tensor:
         return 2 * bits - 1
+
+
+class _ChannelsLast(nn.Module):
+    """Lays images out as the convolutions of a GPU want them, and leaves others as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
 
 
 def _start_with_unit_variance(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> None:
@@ -121,6 +131,7 @@ def _from_image(side: int, size: Size) -> list[nn.Module]:
     if size == DEEP:
         return [
             image,
+            _ChannelsLast(),
             nn.Conv2d(1, 32, 4, stride=2, padding=1),
             nn.Conv2d(32, 64, 4, stride=2, padding=1),
             nn.Conv2d(64, 224, 3, stride=2, padding=1),
@@ -143,6 +154,7 @@ def _to_image(side: int, size: Size) -> list[nn.Module]:
     if size == DEEP:
         return [
             nn.Unflatten(1, (NUM_UNITS, 1, 1)),
+            _ChannelsLast(),
             nn.ConvTranspose2d(NUM_UNITS, 256, 4),
             nn.ConvTranspose2d(256, 96, 3, stride=2, padding=1),
             nn.ConvTranspose2d(96, 64, 4, stride=2, padding=1),

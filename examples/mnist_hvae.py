@@ -26,11 +26,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from cli import begun, ended_cleanly, parser
+from cli import begun, ended_cleanly, parser, part
 
 with ended_cleanly("mnist_hvae.py"):
-    from pyro.optim import Adam  # type: ignore[attr-defined]
-
     import embeddings
     import tiles
     from data import DataError, load
@@ -46,6 +44,7 @@ with ended_cleanly("mnist_hvae.py"):
 DATA = ("mnist", "fashion", "digits")
 METHODS = ("game", "elbo", "rws")
 NAMES = ("data", "factorisation", "net", "method", "preset", "seed")  # of a run
+OTHERS = ("bfloat16",)  # options that a run depends on
 NUM_LOOKS = 16
 NUM_SHOWN = 16  # images
 NUM_EMBEDDED = 1000  # latents of each law
@@ -59,7 +58,7 @@ class Settings:
         steps: The number of steps.
         batch_size: The number of images of a step, and of dreams.
         learning_rate: The learning rate of Adam at the start, of all parameters.
-        is_annealed: Whether it falls to zero along a cosine.
+        annealed: The part of the steps, at the end, in which it falls to zero along a cosine.
         size: How large the networks are.
         num_samples: The number of images that are drawn for a distance at the end.
         num_quick: The same on the way, and for the consistency.
@@ -74,7 +73,7 @@ class Settings:
     steps: int
     batch_size: int
     learning_rate: float
-    is_annealed: bool
+    annealed: float
     size: Size
     num_samples: int
     num_quick: int
@@ -88,10 +87,10 @@ class Settings:
 
 PRESETS = {
     "laptop": Settings(
-        8000, 128, 4e-3, True, Size(256, 16), 2000, 1000, 300, encoder_steps=2, num_proposals=4
+        8000, 128, 4e-3, 0.25, Size(256, 16), 2000, 1000, 300, encoder_steps=2, num_proposals=4
     ),
-    "paper": Settings(200_000, 1024, 1e-4, False, DEEP, 10_000, 2000, 1000, learns_all=True),
-    "smoke": Settings(60, 32, 1e-3, True, Size(32, 4), 100, 50, 10, num_draws=5),
+    "paper": Settings(200_000, 1024, 1e-4, 0.0, DEEP, 10_000, 2000, 1000, learns_all=True),
+    "smoke": Settings(60, 32, 1e-3, 0.5, Size(32, 4), 100, 50, 10, num_draws=5),
 }
 
 # Learning rates of methods for which the game's is too high: the ELBO loses its code with it.
@@ -112,14 +111,14 @@ class Training:
         pyro.set_rng_seed(options.seed)
         self.x = x
         self.settings = settings
+        self.is_mixed = options.bfloat16
         self.hvae = FACTORISATIONS[options.factorisation](
             round(x.shape[-1] ** 0.5),
             settings.size,
             STYLES[options.net],
             DarnBernoulli if options.method == "elbo" else dist.Bernoulli,
         ).to(x.device)
-        rate, steps = settings.learning_rate, settings.steps
-        self.optim = cosine(steps, rate) if settings.is_annealed else Adam({"lr": rate})
+        self.optim = cosine(settings.steps, settings.learning_rate, part=settings.annealed)
         make: dict[str, Callable[[], Game | Reweighted]] = {
             "game": self._game,
             "elbo": self._elbo,
@@ -148,9 +147,8 @@ class Training:
         return Game([player], capture=True)
 
     def _reweighted(self) -> Reweighted:
-        rate, is_annealed = self.settings.learning_rate, self.settings.is_annealed
-        steps = self.settings.steps if is_annealed else None
-        return Reweighted(self.hvae.model, self.hvae.guide, self.hvae, rate, steps)
+        schedule = self.settings.learning_rate, self.settings.steps, self.settings.annealed
+        return Reweighted(self.hvae.model, self.hvae.guide, self.hvae, *schedule)
 
     @property
     def num_steps(self) -> int:
@@ -162,9 +160,9 @@ class Training:
         rows = torch.randint(len(self.x), (self.settings.batch_size,), device=self.x.device)
         x = self.x[rows]
         flipped = torch.rand_like(x) < self.settings.flips
-        loss = self.learner.step(torch.where(flipped, 1 - x, x))
-        if self.settings.is_annealed:
-            self.optim.step()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_mixed):
+            loss = self.learner.step(torch.where(flipped, 1 - x, x))
+        self.optim.step()
         return loss
 
     def read(self, loss: GameLoss) -> dict[str, float]:
@@ -248,8 +246,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.add_argument("--learning-rate", type=float, help="(default: as in the preset)")
     options.add_argument(
         "--annealed",
-        action=argparse.BooleanOptionalAction,
-        help="whether the learning rate falls to zero (default: as in the preset)",
+        type=part,
+        help="the part of the steps in which the learning rate falls (default: as in the preset)",
+    )
+    options.add_argument(
+        "--bfloat16", action="store_true", help="let networks compute in bfloat16, on a GPU say"
     )
     parsed = options.parse_args(arguments)
     if parsed.method == "rws" and parsed.factorisation == "ladder":
@@ -263,7 +264,7 @@ def chosen(options: argparse.Namespace) -> Settings:
     rate = options.learning_rate
     if rate is None:
         rate = SLOWER.get((options.preset, options.method))
-    asked = {"learning_rate": rate, "is_annealed": options.annealed}
+    asked = {"learning_rate": rate, "annealed": options.annealed}
     return replace(settings, **{name: x for name, x in asked.items() if x is not None})
 
 
@@ -281,7 +282,7 @@ def run(options: argparse.Namespace, arguments: list[str] | None) -> None:
         training,
         training.step,
         steps=settings.steps,
-        identity={name: getattr(options, name) for name in NAMES} | asdict(settings),
+        identity={name: getattr(options, name) for name in NAMES + OTHERS} | asdict(settings),
         checkpoint=path(options, "pt"),
         read=training.read,
         look=lambda: look(judge, settings, training.num_steps),

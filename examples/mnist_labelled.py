@@ -20,6 +20,7 @@ Run ``python examples/mnist_labelled.py --help`` for the options.
 import argparse
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,10 @@ class Settings:
     """What a training and its figures depend on, besides the data set and the seed.
 
     Args:
-        steps: The number of steps, over which the learning rate falls to zero along a cosine.
+        steps: The number of steps.
         batch_size: The number of images of a step, and of dreams.
         learning_rate: The learning rate at the start, of both players.
+        annealed: The part of the steps, at the end, in which it falls to zero along a cosine.
         encoder_steps: How often the encoder moves in a step, each time on other dreams.
         num_proposals: Among how many draws of the encoder a completion is chosen.
         num_styles: The number of style bits.
@@ -84,6 +86,7 @@ class Settings:
     steps: int
     batch_size: int = 128
     learning_rate: float = 2e-3
+    annealed: float = 1.0
     encoder_steps: int = 2
     num_proposals: int = 4
     num_styles: int = 30
@@ -135,8 +138,8 @@ class Training:
             settings.encoder_channels,
             settings.encoder_layers,
         ).to(images.x.device)
-        schedule = settings.steps, settings.learning_rate
-        self.optims = cosine(*schedule), cosine(*schedule)
+        schedule = partial(cosine, settings.steps, settings.learning_rate, part=settings.annealed)
+        self.optims = schedule(), schedule()
         self.symeq = SymmetricEquilibrium(
             self.vae.model,
             self.vae.guide,

@@ -71,7 +71,7 @@ class Record:
     def setting(self) -> str:
         """The name of its setting, among those of one experiment."""
         settings = self.get("settings")
-        rate = "" if settings.get("is_annealed", True) else "constant rate"
+        rate = "" if settings.get("annealed", 1.0) else "constant rate"
         return ", ".join(filter(None, [self.preset, settings.get("net"), rate]))
 
     @property

@@ -10,10 +10,10 @@ import torch
 from pyro.infer import ReweightedWakeSleep
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from elbo import Program
 from pyro_symeq import GameLoss
+from training import falling
 
 __all__ = ["Reweighted"]
 
@@ -29,7 +29,8 @@ class Reweighted:
         guide: The encoder's program, of images.
         networks: The networks of both.
         learning_rate: The learning rate of Adam at the start.
-        annealed_over: The number of steps over which it falls to zero along a cosine, if it does.
+        steps: The number of steps.
+        annealed: The part of them, at the end, in which it falls to zero along a cosine.
         num_particles: The number of draws for a batch.
     """
 
@@ -39,7 +40,8 @@ class Reweighted:
         guide: Program,
         networks: nn.Module,
         learning_rate: float,
-        annealed_over: int | None = None,
+        steps: int,
+        annealed: float,
         num_particles: int = 5,
     ) -> None:
         self.num_steps = 0
@@ -48,15 +50,14 @@ class Reweighted:
             num_particles, insomnia=0.0, vectorize_particles=False, max_plate_nesting=1
         )
         self._optimizer = AdamW(networks.parameters(), learning_rate, weight_decay=0.0)
-        self._rate = annealed_over and CosineAnnealingLR(self._optimizer, annealed_over)
+        self._rate = falling(self._optimizer, steps, annealed)
 
     def step(self, x: Tensor) -> GameLoss:
         """Takes a step on a batch; the utilities are what both programs climb (nats)."""
         self._optimizer.zero_grad()
         decoder, encoder = self._loss.loss_and_grads(*self._programs, observations={"x": x})
         self._optimizer.step()
-        if self._rate:
-            self._rate.step()
+        self._rate.step()
         self.num_steps += 1
         return GameLoss({"decoder": -decoder, "encoder": -encoder})
 
@@ -65,7 +66,7 @@ class Reweighted:
         return {
             "num_steps": self.num_steps,
             "optimizer": self._optimizer.state_dict(),
-            "rate": self._rate and self._rate.state_dict(),
+            "rate": self._rate.state_dict(),
             "random": torch.get_rng_state(),
             "random on devices": torch.cuda.get_rng_state_all(),
         }
@@ -74,8 +75,7 @@ class Reweighted:
         """Goes back to a state."""
         self.num_steps = state["num_steps"]
         self._optimizer.load_state_dict(state["optimizer"])
-        if self._rate:
-            self._rate.load_state_dict(state["rate"])
+        self._rate.load_state_dict(state["rate"])
         torch.set_rng_state(state["random"])
         torch.cuda.set_rng_state_all(state["random on devices"])
 

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 import torch
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-__all__ = ["Inference", "cosine", "train"]
+__all__ = ["Inference", "cosine", "falling", "train"]
 
 
 class Inference(Protocol):
@@ -21,12 +22,24 @@ class Inference(Protocol):
         """Takes a step on a batch, and returns its loss (nats, summed over the batch)."""
 
 
-def cosine(steps: int, learning_rate: float, weight_decay: float = 0.0) -> PyroLRScheduler:
-    """AdamW, whose learning rate falls to zero along a cosine."""
+def falling(optimizer: Optimizer, steps: int, part: float) -> LambdaLR:
+    """A learning rate that falls to zero along a cosine, in the last part of the steps."""
+    start = round((1 - part) * steps)
+
+    def factor(step: int) -> float:
+        return (1 + math.cos(math.pi * max(step - start, 0) / max(steps - start, 1))) / 2
+
+    return LambdaLR(optimizer, factor)
+
+
+def cosine(
+    steps: int, learning_rate: float, weight_decay: float = 0.0, part: float = 1.0
+) -> PyroLRScheduler:
+    """AdamW, whose learning rate falls to zero along a cosine, in the last part of the steps."""
     optim_args = {"lr": learning_rate, "weight_decay": weight_decay}
+    schedule = {"steps": steps, "part": part}
     return PyroLRScheduler(
-        CosineAnnealingLR,
-        {"optimizer": torch.optim.AdamW, "optim_args": optim_args, "T_max": steps},
+        falling, {"optimizer": torch.optim.AdamW, "optim_args": optim_args, **schedule}
     )
 
 

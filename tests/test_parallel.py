@@ -112,6 +112,25 @@ def test_ranks_average_utilities_and_gradients(num_ranks):
     assert_close(results[0], train_all_with_certainty(0, 1, num_ranks))
 
 
+def train_on_a_gpu(rank, **options):
+    """A game whose captured steps are graphs, or are not where ranks exchange gradients."""
+    ladder = fresh(0).cuda()
+    game = certain_game(ladder, Adam({"lr": 0.03}), capture=True, **options)
+    for step in range(8):
+        loss = game.step(**{name: x.cuda() for name, x in batch_of(step).items()})
+    return loss.utilities, {name: value.cpu() for name, value in values(ladder).items()}
+
+
+def train_a_rank_on_a_gpu(rank):
+    return train_on_a_gpu(rank, process_group=world())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_rank_of_nccl_trains_as_without():
+    (seen,) = launch(1, train_a_rank_on_a_gpu, backend="nccl")
+    assert_close(seen, train_on_a_gpu(0))
+
+
 def train_halves(rank):
     """Two groups of two ranks each train on their own."""
     groups = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]

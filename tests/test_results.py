@@ -243,8 +243,8 @@ def test_each_method_may_have_a_learning_rate_of_its_own(tmp_path):
 
 def test_runs_at_a_constant_rate_are_a_setting_of_their_own(tmp_path):
     runs = [
-        hierarchical("game", decoder, 12.0, is_annealed=is_annealed)
-        for decoder, is_annealed in ((10.0, True), (20.0, False))
+        hierarchical("game", decoder, 12.0, annealed=annealed)
+        for decoder, annealed in ((10.0, 0.25), (20.0, 0.0))
     ]
     row = cells(page(records(tmp_path, *runs)), "MNIST, ladder", "game's decoder distance")
     assert (row["laptop, tanh"], row["laptop, tanh, constant rate"]) == ("10", "20")
