@@ -67,6 +67,8 @@ class Settings:
         flips: The probability with which a pixel of a training image is flipped.
         encoder_steps: How often the encoder moves in a step of the game, each time on other dreams.
         num_proposals: Among how many draws of the encoder a latent is chosen for the game's decoder.
+        code_warmup: For how many steps the game's encoder learns a code if it finds none. Networks
+            that find one without it draw better then.
         learns_all: Whether held-out images are learned from too, and all are compared to.
     """
 
@@ -82,6 +84,7 @@ class Settings:
     flips: float = 0.001
     encoder_steps: int = 1
     num_proposals: int = 1
+    code_warmup: int = 0
     learns_all: bool = False
 
 
@@ -89,7 +92,9 @@ PRESETS = {
     "laptop": Settings(
         8000, 128, 4e-3, 0.25, Size(256, 16), 2000, 1000, 300, encoder_steps=2, num_proposals=4
     ),
-    "paper": Settings(200_000, 1024, 1e-4, 0.0, DEEP, 10_000, 2000, 1000, learns_all=True),
+    "paper": Settings(
+        200_000, 1024, 1e-4, 0.0, DEEP, 10_000, 2000, 1000, code_warmup=1000, learns_all=True
+    ),
     "smoke": Settings(60, 32, 1e-3, 0.5, Size(32, 4), 100, 50, 10, num_draws=5),
 }
 
@@ -133,7 +138,7 @@ class Training:
             self.optim,
             SymmetricUtility(num_proposals=self.settings.num_proposals),
             encoder_steps=self.settings.encoder_steps,
-            code_warmup=0,  # these networks learn without it, and then draw better
+            code_warmup=self.settings.code_warmup,
             capture=True,
         )
 

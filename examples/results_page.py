@@ -22,7 +22,11 @@ DOCS = Path(__file__).parent.parent / "docs"
 HALF = 0.55  # and what rounds to it
 ALIKE = 2.5  # distances whose ratio is at most this
 # Settings that other methods have no use for, and their names on the page
-OF_GAMES = {"encoder_steps": "encoder moves in a step", "num_proposals": "proposals"}
+OF_GAMES = {
+    "encoder_steps": "encoder moves in a step",
+    "num_proposals": "proposals",
+    "code_warmup": "steps of code warm-up",
+}
 METHODS = {"game": "game", "elbo": "ELBO", "rws": "wake-sleep"}
 HOLDS, NOT_RUN, NONE = "holds", "not run", "–"
 

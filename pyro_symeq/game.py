@@ -314,7 +314,8 @@ class Game:
                 warnings.warn(
                     f"Skipped a batch, and nobody moved: {error}", stacklevel=stacklevel()
                 )
-                loss = self._loss(dict.fromkeys(moving | watched, torch.tensor(math.nan)))
+                nan = torch.tensor(math.nan, device="cpu")
+                loss = self._loss(dict.fromkeys(moving | watched, nan))
             self.num_steps += 1
             self._ranks.seed(self.num_steps)
         return loss

@@ -8,6 +8,7 @@ the Python numbers of the recorded run.
 
 import random
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -84,7 +85,8 @@ class Recording:
             Exception: There is no compiler, or it doesn't know an operation.
         """
         compiled = replace(self, run=torch.compile(self.operations.forward, dynamic=False))
-        with randomness.kept():
+        with randomness.kept(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of what the compiler itself uses
             compiled.tried(*inputs)  # which compiles
         return compiled
 

@@ -74,7 +74,8 @@ def warn_if_collapsed(steps: int, information: Mapping[str, Tensor]) -> None:
 
 
 def _is_below(mean: float, information: Mapping[str, Tensor]) -> bool:
-    bits = torch.cat([torch.zeros(0), *(x.flatten().cpu() for x in information.values())])
+    none = torch.zeros(0, device="cpu")  # whatever the default device is
+    bits = torch.cat([none, *(x.flatten().cpu() for x in information.values())])
     return len(bits) >= NUM_LATENTS and bool(bits.mean() < mean)
 
 

@@ -22,24 +22,20 @@ BATCHES = {"x": {"x": X}, "x and z0": {"x": X, "z0": Z0}}
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
 def test_mean_utilities_and_gradients_are_the_enumerated_ones(batch, vectorize, device):
     """Of 100 estimates with 5 particles each; 5 standard errors."""
-    ladder = Ladder().to(device)
+    ladder = Ladder()
+    expected = utilities(ladder, **batch), gradients(ladder, **batch)
+    ladder.to(device)
     batch = {name: value.to(device) for name, value in batch.items()}
     utility = SymmetricUtility(num_particles=5, vectorize_particles=vectorize)
     stage = utility.stage(ladder.model, ladder.guide)
-    expected = utilities(ladder, **batch)
-    for player, leaves, value, gradient in zip(
-        ("decoder", "encoder"),
-        (ladder.theta, ladder.phi),
-        expected,
-        gradients(ladder, **batch),
-        strict=True,
-    ):
+    players = ("decoder", "encoder"), (ladder.theta, ladder.phi)
+    for player, leaves, value, gradient in zip(*players, *expected, strict=True):
         scores = [stage.score(player, ((), batch)) for _ in range(100)]
-        assert_mean(torch.stack([score.utility.detach() for score in scores]), value)
+        assert_mean(torch.stack([score.utility.detach().cpu() for score in scores]), value)
         drawn = [score.gradients(leaves) for score in scores]
         for i, grad in enumerate(gradient):
             if grad is not None:
-                assert_mean(torch.stack([-g[i] for g in drawn]), grad)
+                assert_mean(torch.stack([-g[i].cpu() for g in drawn]), grad)
 
 
 def test_vectorised_particles_take_one_run_of_the_model():
@@ -63,7 +59,7 @@ def chosen(log_p, log_q, num_proposals):
     q, w = log_q.exp(), (log_p - log_q).exp()
     law = torch.zeros_like(q)
     for draws in itertools.product(range(len(q)), repeat=num_proposals):
-        draws = torch.tensor(draws)
+        draws = torch.tensor(draws, device=q.device)
         law.index_add_(0, draws, q[draws].prod() * w[draws] / w[draws].sum())
     return law
 

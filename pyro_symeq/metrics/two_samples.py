@@ -65,7 +65,7 @@ def _shuffled(x: Tensor) -> Tensor:
 
 
 def _joined(sets: list[Tensor]) -> tuple[Any, Any]:
-    labels = [torch.full((len(x),), i) for i, x in enumerate(sets)]
+    labels = [torch.full((len(x),), i, device=x.device) for i, x in enumerate(sets)]
     return torch.cat(sets).numpy(), torch.cat(labels).numpy()
 
 
