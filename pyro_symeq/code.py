@@ -63,14 +63,16 @@ def deal(values: Mapping[str, Tensor], laws: Mapping[str, Any], rows: Rows) -> d
         The values in their new places; sites whose distribution has no mean are left out.
     """
     means = {name: mean for name, law in laws.items() if (mean := _mean(law)) is not None}
-    scores = [_by_variable(mean, laws[name], rows) for name, mean in means.items()]
-    if not scores:
+    if not means:
         return {}
-    decorrelated = _decorrelated(torch.cat(scores)).split([len(x) for x in scores])
-    return {
-        name: _dealt(values[name], order, laws[name], rows)
-        for name, order in zip(means, decorrelated, strict=True)
-    }
+    device = next(iter(means.values())).device
+    with torch.autocast(device.type, enabled=False):  # eigenvalues need more than bfloat16
+        scores = [_by_variable(mean, laws[name], rows) for name, mean in means.items()]
+        decorrelated = _decorrelated(torch.cat(scores)).split([len(x) for x in scores])
+        return {
+            name: _dealt(values[name], order, laws[name], rows)
+            for name, order in zip(means, decorrelated, strict=True)
+        }
 
 
 def _mean(law: Any) -> Tensor | None:

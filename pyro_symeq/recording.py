@@ -84,9 +84,9 @@ class Recording:
         Raises:
             Exception: There is no compiler, or it doesn't know an operation.
         """
-        compiled = replace(self, run=torch.compile(self.operations.forward, dynamic=False))
         with randomness.kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of what the compiler itself uses
+            compiled = replace(self, run=torch.compile(self.operations.forward, dynamic=False))
             compiled.tried(*inputs)  # which compiles
         return compiled
 

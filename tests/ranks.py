@@ -28,7 +28,10 @@ def launch(size, work, *args, backend="gloo"):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.multiprocessing.start_processes(
-            _run, (size, folder, backend, work, args), nprocs=size, start_method="forkserver"
+            _run,
+            (size, folder, backend, work, args),
+            nprocs=size,
+            start_method="forkserver" if backend == "gloo" else "spawn",  # CUDA bears no fork
         )
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 

@@ -143,6 +143,15 @@ def test_variables_of_one_opinion_are_dealt_out_less_alike():
     assert correlation(dealt) < correlation(means) - 0.3
 
 
+def test_autocast_makes_no_difference(device):
+    values, means = torch.randn(2, 200, 8, device=device).float()
+    law = dist.Normal(means, 1.0).to_event(1)
+    plain = deal({"z": values}, {"z": law}, Rows(-1, 200))["z"]
+    with torch.autocast(device.type, torch.bfloat16):
+        mixed = deal({"z": values}, {"z": law}, Rows(-1, 200))["z"]
+    assert torch.equal(mixed, plain)
+
+
 def test_sites_without_a_mean_are_left_out():
     law = dist.TransformedDistribution(dist.Normal(torch.randn(6), 1.0), [SigmoidTransform()])
     values = {"u": torch.randn(6), "w": torch.rand(6)}
