@@ -24,6 +24,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
 from cli import begun, ended_cleanly, parser, part
@@ -59,6 +60,8 @@ class Settings:
         batch_size: The number of images of a step, and of dreams.
         learning_rate: The learning rate of Adam at the start, of all parameters.
         annealed: The part of the steps, at the end, in which it falls to zero along a cosine.
+        last_word: The part, at the end, for which the game's decoder has come to rest, so that the
+            encoder learns to follow it.
         size: How large the networks are.
         num_samples: The number of images that are drawn for a distance at the end.
         num_quick: The same on the way, and for the consistency.
@@ -80,6 +83,7 @@ class Settings:
     num_samples: int
     num_quick: int
     num_rounds: int
+    last_word: float = 0.0
     num_draws: int = 100
     flips: float = 0.001
     encoder_steps: int = 1
@@ -90,12 +94,12 @@ class Settings:
 
 PRESETS = {
     "laptop": Settings(
-        8000, 128, 4e-3, 0.25, Size(256, 16), 2000, 1000, 300, encoder_steps=2, num_proposals=4
+        8000, 128, 4e-3, 1.0, Size(256, 16), 2000, 1000, 300, encoder_steps=2, num_proposals=4
     ),
     "paper": Settings(
         200_000, 1024, 1e-4, 0.0, DEEP, 10_000, 2000, 1000, code_warmup=1000, learns_all=True
     ),
-    "smoke": Settings(60, 32, 1e-3, 0.5, Size(32, 4), 100, 50, 10, num_draws=5),
+    "smoke": Settings(60, 32, 1e-3, 1.0, Size(32, 4), 100, 50, 10, num_draws=5),
 }
 
 # Learning rates of methods for which the game's is too high: the ELBO loses its code with it.
@@ -123,7 +127,7 @@ class Training:
             STYLES[options.net],
             DarnBernoulli if options.method == "elbo" else dist.Bernoulli,
         ).to(x.device)
-        self.optim = cosine(settings.steps, settings.learning_rate, part=settings.annealed)
+        self.optims: list[PyroLRScheduler] = []
         make: dict[str, Callable[[], Game | Reweighted]] = {
             "game": self._game,
             "elbo": self._elbo,
@@ -132,10 +136,11 @@ class Training:
         self.learner = make[options.method]()
 
     def _game(self) -> Game:
+        last_word = round(self.settings.last_word * self.settings.steps)
         return SymmetricEquilibrium(
             self.hvae.model,
             self.hvae.guide,
-            self.optim,
+            (self._optim(self.settings.steps - last_word), self._optim(self.settings.steps)),
             SymmetricUtility(num_proposals=self.settings.num_proposals),
             encoder_steps=self.settings.encoder_steps,
             code_warmup=self.settings.code_warmup,
@@ -148,12 +153,24 @@ class Training:
         def utility(_: Any, x: Tensor) -> Tensor:
             return elbo(self.hvae.model, self.hvae.guide, x)
 
-        player = Player("elbo", self.hvae.model, self.optim, utility, self.hvae)
+        optim = self._optim(self.settings.steps)
+        player = Player("elbo", self.hvae.model, optim, utility, self.hvae)
         return Game([player], capture=True)
 
     def _reweighted(self) -> Reweighted:
-        schedule = self.settings.learning_rate, self.settings.steps, self.settings.annealed
+        schedule = self.settings.learning_rate, self.settings.steps, self._start
         return Reweighted(self.hvae.model, self.hvae.guide, self.hvae, *schedule)
+
+    @property
+    def _start(self) -> int:
+        """The step after which learning rates begin to fall."""
+        return round((1 - self.settings.annealed) * self.settings.steps)
+
+    def _optim(self, steps: int) -> PyroLRScheduler:
+        """An optimiser that comes to rest after so many steps."""
+        optim = cosine(steps, self.settings.learning_rate, start=self._start)
+        self.optims.append(optim)
+        return optim
 
     @property
     def num_steps(self) -> int:
@@ -167,7 +184,8 @@ class Training:
         flipped = torch.rand_like(x) < self.settings.flips
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_mixed):
             loss = self.learner.step(torch.where(flipped, 1 - x, x))
-        self.optim.step()
+        for optim in self.optims:
+            optim.step()
         return loss
 
     def read(self, loss: GameLoss) -> dict[str, float]:
@@ -255,6 +273,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="the part of the steps in which the learning rate falls (default: as in the preset)",
     )
     options.add_argument(
+        "--last-word",
+        type=part,
+        help="the part of the steps in which the encoder alone learns (default: as in the preset)",
+    )
+    options.add_argument(
         "--bfloat16", action="store_true", help="let networks compute in bfloat16, on a GPU say"
     )
     parsed = options.parse_args(arguments)
@@ -269,7 +292,11 @@ def chosen(options: argparse.Namespace) -> Settings:
     rate = options.learning_rate
     if rate is None:
         rate = SLOWER.get((options.preset, options.method))
-    asked = {"learning_rate": rate, "annealed": options.annealed}
+    asked = {
+        "learning_rate": rate,
+        "annealed": options.annealed,
+        "last_word": options.last_word,
+    }
     return replace(settings, **{name: x for name, x in asked.items() if x is not None})
 
 

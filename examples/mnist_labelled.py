@@ -20,7 +20,6 @@ Run ``python examples/mnist_labelled.py --help`` for the options.
 import argparse
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +69,8 @@ class Settings:
         batch_size: The number of images of a step, and of dreams.
         learning_rate: The learning rate at the start, of both players.
         annealed: The part of the steps, at the end, in which it falls to zero along a cosine.
+        last_word: The part, at the end, for which the decoder has come to rest, so that the encoder
+            learns to follow it.
         encoder_steps: How often the encoder moves in a step, each time on other dreams.
         num_proposals: Among how many draws of the encoder a completion is chosen.
         num_styles: The number of style bits.
@@ -86,7 +87,8 @@ class Settings:
     steps: int
     batch_size: int = 128
     learning_rate: float = 2e-3
-    annealed: float = 1.0
+    annealed: float = 0.4
+    last_word: float = 0.2
     encoder_steps: int = 2
     num_proposals: int = 4
     num_styles: int = 30
@@ -138,8 +140,13 @@ class Training:
             settings.encoder_channels,
             settings.encoder_layers,
         ).to(images.x.device)
-        schedule = partial(cosine, settings.steps, settings.learning_rate, part=settings.annealed)
-        self.optims = schedule(), schedule()
+        start, end = (
+            round((1 - each) * settings.steps) for each in (settings.annealed, settings.last_word)
+        )
+        self.optims = (
+            cosine(end, settings.learning_rate, start=start),
+            cosine(settings.steps, settings.learning_rate, start=start),
+        )
         self.symeq = SymmetricEquilibrium(
             self.vae.model,
             self.vae.guide,

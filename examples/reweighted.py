@@ -30,7 +30,7 @@ class Reweighted:
         networks: The networks of both.
         learning_rate: The learning rate of Adam at the start.
         steps: The number of steps.
-        annealed: The part of them, at the end, in which it falls to zero along a cosine.
+        start: After how many of them it begins to fall to zero along a cosine.
         num_particles: The number of draws for a batch.
     """
 
@@ -41,7 +41,7 @@ class Reweighted:
         networks: nn.Module,
         learning_rate: float,
         steps: int,
-        annealed: float,
+        start: int,
         num_particles: int = 5,
     ) -> None:
         self.num_steps = 0
@@ -50,7 +50,7 @@ class Reweighted:
             num_particles, insomnia=0.0, vectorize_particles=False, max_plate_nesting=1
         )
         self._optimizer = AdamW(networks.parameters(), learning_rate, weight_decay=0.0)
-        self._rate = falling(self._optimizer, steps, annealed)
+        self._rate = falling(self._optimizer, steps, start)
 
     def step(self, x: Tensor) -> GameLoss:
         """Takes a step on a batch; the utilities are what both programs climb (nats)."""

@@ -22,22 +22,22 @@ class Inference(Protocol):
         """Takes a step on a batch, and returns its loss (nats, summed over the batch)."""
 
 
-def falling(optimizer: Optimizer, steps: int, part: float) -> LambdaLR:
-    """A learning rate that falls to zero along a cosine, in the last part of the steps."""
-    start = round((1 - part) * steps)
+def falling(optimizer: Optimizer, steps: int, start: int = 0) -> LambdaLR:
+    """A learning rate that falls along a cosine from a step on, to zero after all steps."""
 
     def factor(step: int) -> float:
-        return (1 + math.cos(math.pi * max(step - start, 0) / max(steps - start, 1))) / 2
+        part = max(step - start, 0) / max(steps - start, 1)
+        return (1 + math.cos(math.pi * min(part, 1.0))) / 2
 
     return LambdaLR(optimizer, factor)
 
 
 def cosine(
-    steps: int, learning_rate: float, weight_decay: float = 0.0, part: float = 1.0
+    steps: int, learning_rate: float, weight_decay: float = 0.0, start: int = 0
 ) -> PyroLRScheduler:
-    """AdamW, whose learning rate falls to zero along a cosine, in the last part of the steps."""
+    """AdamW, whose learning rate falls along a cosine from a step on, to zero after all steps."""
     optim_args = {"lr": learning_rate, "weight_decay": weight_decay}
-    schedule = {"steps": steps, "part": part}
+    schedule = {"steps": steps, "start": start}
     return PyroLRScheduler(
         falling, {"optimizer": torch.optim.AdamW, "optim_args": optim_args, **schedule}
     )
