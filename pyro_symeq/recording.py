@@ -85,7 +85,8 @@ class Recording:
             Exception: There is no compiler, or it doesn't know an operation.
         """
         with randomness.kept(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of what the compiler itself uses
+            for kind in (DeprecationWarning, FutureWarning):  # of what the compiler itself uses
+                warnings.simplefilter("ignore", kind)
             compiled = replace(self, run=torch.compile(self.operations.forward, dynamic=False))
             compiled.tried(*inputs)  # which compiles
         return compiled

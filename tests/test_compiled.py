@@ -16,9 +16,7 @@ from tests.montecarlo import assert_mean
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler"),
-    # The compiler's own, about modules and packages of its own.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Skipping serialization"),
+    pytest.mark.filterwarnings("ignore:Skipping serialization"),  # the compiler's own
 ]
 
 
