@@ -26,6 +26,7 @@ OF_GAMES = {
     "encoder_steps": "encoder moves in a step",
     "num_proposals": "proposals",
     "code_warmup": "steps of code warm-up",
+    "last_word": "part of the steps for the encoder alone",
 }
 METHODS = {"game": "game", "elbo": "ELBO", "rws": "wake-sleep"}
 HOLDS, NOT_RUN, NONE = "holds", "not run", "–"
@@ -68,15 +69,25 @@ class Record:
     @property
     def preset(self) -> str:
         """The preset, of which each program has ``laptop`` as its default."""
-        arguments = shlex.split(self.get("command"))
-        return dict(zip(arguments, arguments[1:], strict=False)).get("--preset", "laptop")
+        return self._options.get("--preset", "laptop")
 
     @property
     def setting(self) -> str:
         """The name of its setting, among those of one experiment."""
-        settings = self.get("settings")
-        rate = "" if settings.get("annealed", 1.0) else "constant rate"
-        return ", ".join(filter(None, [self.preset, settings.get("net"), rate]))
+        settings, asked = self.get("settings"), self._options
+        steps = f"{settings['steps']:,} steps" if "--steps" in asked else ""
+        rate = f"annealed {asked['--annealed']}" if "--annealed" in asked else ""
+        return ", ".join(filter(None, [self.preset, settings.get("net"), steps, rate]))
+
+    @property
+    def _options(self) -> dict[str, str]:
+        """The options of its command, each with what follows it."""
+        arguments = [
+            part
+            for argument in shlex.split(self.get("command"))
+            for part in (argument.split("=", 1) if argument.startswith("--") else [argument])
+        ]
+        return dict(zip(arguments, arguments[1:], strict=False))
 
     @property
     def method(self) -> str:

@@ -241,13 +241,18 @@ def test_each_method_may_have_a_learning_rate_of_its_own(tmp_path):
     assert "(MNIST, ladder; laptop, tanh): holds" in text
 
 
-def test_runs_at_a_constant_rate_are_a_setting_of_their_own(tmp_path):
+def test_runs_whose_schedule_was_asked_for_are_a_setting_of_their_own(tmp_path):
+    command = "python examples/mnist_hvae.py --steps 16000 --annealed"
     runs = [
-        hierarchical("game", decoder, 12.0, annealed=annealed)
-        for decoder, annealed in ((10.0, 0.25), (20.0, 0.0))
+        hierarchical("game", 10.0, 12.0, annealed=1.0),
+        hierarchical("game", 20.0, 12.0, annealed=0.2, steps=16_000)
+        | {"command": f"{command}=0.2"},
+        hierarchical("game", 30.0, 12.0, annealed=0.0, steps=16_000) | {"command": f"{command} 0"},
     ]
     row = cells(page(records(tmp_path, *runs)), "MNIST, ladder", "game's decoder distance")
-    assert (row["laptop, tanh"], row["laptop, tanh, constant rate"]) == ("10", "20")
+    assert row["laptop, tanh"] == "10"
+    assert row["laptop, tanh, 16,000 steps, annealed 0.2"] == "20"
+    assert row["laptop, tanh, 16,000 steps, annealed 0"] == "30"
 
 
 def test_what_only_a_game_depends_on(tmp_path):
