@@ -40,7 +40,7 @@ with ended_cleanly("mnist_hvae.py"):
     from long_runs import LongRun, RunError, add_options, write_record
     from pyro_symeq import Game, GameLoss, Player, SymmetricEquilibrium, SymmetricUtility
     from reweighted import Reweighted
-    from training import cosine
+    from training import cosine, in_turn
 
 DATA = ("mnist", "fashion", "digits")
 METHODS = ("game", "elbo", "rws")
@@ -127,7 +127,7 @@ class Training:
             STYLES[options.net],
             DarnBernoulli if options.method == "elbo" else dist.Bernoulli,
         ).to(x.device)
-        self.optims: list[PyroLRScheduler] = []
+        self.optims: tuple[PyroLRScheduler, ...] = ()
         make: dict[str, Callable[[], Game | Reweighted]] = {
             "game": self._game,
             "elbo": self._elbo,
@@ -136,14 +136,17 @@ class Training:
         self.learner = make[options.method]()
 
     def _game(self) -> Game:
-        last_word = round(self.settings.last_word * self.settings.steps)
+        settings = self.settings
+        self.optims = optims = in_turn(
+            settings.steps, settings.learning_rate, settings.annealed, settings.last_word
+        )
         return SymmetricEquilibrium(
             self.hvae.model,
             self.hvae.guide,
-            (self._optim(self.settings.steps - last_word), self._optim(self.settings.steps)),
-            SymmetricUtility(num_proposals=self.settings.num_proposals),
-            encoder_steps=self.settings.encoder_steps,
-            code_warmup=self.settings.code_warmup,
+            optims,
+            SymmetricUtility(num_proposals=settings.num_proposals),
+            encoder_steps=settings.encoder_steps,
+            code_warmup=settings.code_warmup,
             capture=True,
         )
 
@@ -153,7 +156,8 @@ class Training:
         def utility(_: Any, x: Tensor) -> Tensor:
             return elbo(self.hvae.model, self.hvae.guide, x)
 
-        optim = self._optim(self.settings.steps)
+        optim = cosine(self.settings.steps, self.settings.learning_rate, start=self._start)
+        self.optims = (optim,)
         player = Player("elbo", self.hvae.model, optim, utility, self.hvae)
         return Game([player], capture=True)
 
@@ -165,12 +169,6 @@ class Training:
     def _start(self) -> int:
         """The step after which learning rates begin to fall."""
         return round((1 - self.settings.annealed) * self.settings.steps)
-
-    def _optim(self, steps: int) -> PyroLRScheduler:
-        """An optimiser that comes to rest after so many steps."""
-        optim = cosine(steps, self.settings.learning_rate, start=self._start)
-        self.optims.append(optim)
-        return optim
 
     @property
     def num_steps(self) -> int:
@@ -283,6 +281,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed = options.parse_args(arguments)
     if parsed.method == "rws" and parsed.factorisation == "ladder":
         options.error("rws needs --factorisation reverse: its programs can't share parameters")
+    if parsed.method != "game" and parsed.last_word is not None:
+        options.error("--last-word is for --method game, where the encoder moves by itself")
     return parsed
 
 

@@ -46,7 +46,7 @@ with ended_cleanly("mnist_labelled.py"):
         SymmetricUtility,
     )
     from pyro_symeq.metrics import Features, FrechetDistance, frechet_distance, information
-    from training import cosine
+    from training import in_turn
 
 NUM_CLASSES = 10
 LATENTS = ("style", "class", "z1")
@@ -140,12 +140,8 @@ class Training:
             settings.encoder_channels,
             settings.encoder_layers,
         ).to(images.x.device)
-        start, end = (
-            round((1 - each) * settings.steps) for each in (settings.annealed, settings.last_word)
-        )
-        self.optims = (
-            cosine(end, settings.learning_rate, start=start),
-            cosine(settings.steps, settings.learning_rate, start=start),
+        self.optims = in_turn(
+            settings.steps, settings.learning_rate, settings.annealed, settings.last_word
         )
         self.symeq = SymmetricEquilibrium(
             self.vae.model,

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-__all__ = ["Inference", "cosine", "falling", "train"]
+__all__ = ["Inference", "cosine", "falling", "in_turn", "train"]
 
 
 class Inference(Protocol):
@@ -26,8 +26,11 @@ def falling(optimizer: Optimizer, steps: int, start: int = 0) -> LambdaLR:
     """A learning rate that falls along a cosine from a step on, to zero after all steps."""
 
     def factor(step: int) -> float:
-        part = max(step - start, 0) / max(steps - start, 1)
-        return (1 + math.cos(math.pi * min(part, 1.0))) / 2
+        if step >= steps:
+            return 0.0
+        if step <= start:
+            return 1.0
+        return (1 + math.cos(math.pi * (step - start) / (steps - start))) / 2
 
     return LambdaLR(optimizer, factor)
 
@@ -41,6 +44,22 @@ def cosine(
     return PyroLRScheduler(
         falling, {"optimizer": torch.optim.AdamW, "optim_args": optim_args, **schedule}
     )
+
+
+def in_turn(
+    steps: int, learning_rate: float, annealed: float, last_word: float
+) -> tuple[PyroLRScheduler, PyroLRScheduler]:
+    """The optimisers of a decoder and of an encoder, which has the last word.
+
+    Args:
+        steps: The number of steps.
+        learning_rate: The learning rate of both at the start.
+        annealed: The part of the steps, at the end, in which it falls to zero along a cosine.
+        last_word: The part, at the end, for which the decoder rests.
+    """
+    start = round((1 - annealed) * steps)
+    rest = round((1 - last_word) * steps)
+    return cosine(rest, learning_rate, start=start), cosine(steps, learning_rate, start=start)
 
 
 def train(

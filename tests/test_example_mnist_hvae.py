@@ -2,6 +2,8 @@
 
 import json
 import sys
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from features import feature_space  # noqa: E402
 from hvae import DEEP, FACTORISATIONS, STYLES, Size  # noqa: E402
 from judge import Judge  # noqa: E402
 from mnist_hvae import NAMES, PRESETS, Training, chosen, parse  # noqa: E402
+from training import in_turn  # noqa: E402
 
 SMALL = Size(width=16, num_channels=2)
 WAYS = [("game", "ladder"), ("game", "reverse"), ("elbo", "ladder"), ("rws", "reverse")]
@@ -91,10 +94,11 @@ def test_each_method_has_its_learning_rate(arguments, rate):
     assert chosen(parse(arguments.split())).learning_rate == rate
 
 
-def training(method, factorisation, *others):
+def training(method, factorisation, *others, **settings):
     names = ["--method", method, "--factorisation", factorisation, "--device", "cpu", *others]
     torch.manual_seed(5)
-    return Training(torch.rand(50, 64).round(), parse(names), PRESETS["smoke"])
+    settings = replace(PRESETS["smoke"], **settings)
+    return Training(torch.rand(50, 64).round(), parse(names), settings)
 
 
 @each_way
@@ -113,6 +117,45 @@ def test_a_training_goes_on_exactly(method, factorisation):
         resumed.step()
     assert resumed.num_steps == 9
     assert same(resumed.state_dict(), expected)
+
+
+def rates(optims, steps):
+    """The learning rates of optimisers in each step."""
+    told = []
+    for optim in optims:
+        weight = torch.nn.Parameter(torch.zeros(()))
+        optim([weight])  # makes its optimiser
+        told.append([])
+        for _ in range(steps):
+            told[-1].append(optim.optim_objs[weight].optimizer.param_groups[0]["lr"])
+            optim.step()
+    return told
+
+
+@pytest.mark.parametrize(
+    ("annealed", "last_word", "decoder", "encoder"),
+    [
+        (1.0, 0.0, [1, 0.75, 0.25], [1, 0.75, 0.25]),
+        (0.0, 0.0, [1, 1, 1], [1, 1, 1]),
+        (0.67, 0.33, [1, 1, 0], [1, 1, 0.5]),
+        (0.0, 0.67, [1, 0, 0], [1, 1, 1]),
+    ],
+)
+def test_the_decoder_rests_before_the_encoder(annealed, last_word, decoder, encoder):
+    told = rates(in_turn(3, 1.0, annealed, last_word), 3)
+    assert told == [pytest.approx(decoder), pytest.approx(encoder)]
+
+
+def test_the_encoder_has_the_last_word():
+    learner = training("game", "ladder", steps=10, last_word=0.4)
+    networks = learner.hvae.decoder, learner.hvae.encoder
+    moved = []
+    for _ in range(10):
+        before = [deepcopy(each.state_dict()) for each in networks]
+        learner.step()
+        after = [each.state_dict() for each in networks]
+        moved.append([not same(a, b) for a, b in zip(before, after, strict=True)])
+    assert moved == [[True, True]] * 6 + [[False, True]] * 4
 
 
 def test_methods_start_from_the_same_parameters():
@@ -178,3 +221,17 @@ def test_reweighted_wake_sleep_shares_no_parameters(capsys):
     with pytest.raises(SystemExit):
         parse(["--method", "rws"])
     assert "rws needs --factorisation reverse" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--method elbo --last-word 0.1", "--last-word is for --method game"),
+        ("--annealed 1.5", "expected a number from 0 to 1, got '1.5'"),
+        ("--last-word x", "expected a number from 0 to 1, got 'x'"),
+    ],
+)
+def test_schedules_that_cannot_be(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(arguments.split())
+    assert message in capsys.readouterr().err
