@@ -45,7 +45,6 @@ with ended_cleanly("mnist_hvae.py"):
 DATA = ("mnist", "fashion", "digits")
 METHODS = ("game", "elbo", "rws")
 NAMES = ("data", "factorisation", "net", "method", "preset", "seed")  # of a run
-OTHERS = ("bfloat16",)  # options that a run depends on
 NUM_LOOKS = 16
 NUM_SHOWN = 16  # images
 NUM_EMBEDDED = 1000  # latents of each law
@@ -314,7 +313,8 @@ def run(options: argparse.Namespace, arguments: list[str] | None) -> None:
         training,
         training.step,
         steps=settings.steps,
-        identity={name: getattr(options, name) for name in NAMES + OTHERS} | asdict(settings),
+        identity={name: getattr(options, name) for name in (*NAMES, "bfloat16")}
+        | asdict(settings),
         checkpoint=path(options, "pt"),
         read=training.read,
         look=lambda: look(judge, settings, training.num_steps),

@@ -18,6 +18,13 @@ def device(request):
     return torch.device(request.param)
 
 
+@pytest.fixture
+def default_device(device):
+    """Whatever names no device is made on one."""
+    with device:
+        yield device
+
+
 @pytest.fixture(autouse=True)
 def fresh_pyro():
     pyro.clear_param_store()

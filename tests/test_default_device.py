@@ -15,12 +15,6 @@ from pyro_symeq.metrics import consistency, exploitability, information, log_lik
 NUM_PIXELS, NUM_BITS = 6, 12
 
 
-@pytest.fixture
-def by_default(device):
-    with device:
-        yield device
-
-
 class VAE:
     def __init__(self):
         self.decoder = nn.Linear(NUM_BITS, NUM_PIXELS)
@@ -39,7 +33,7 @@ class VAE:
 
 
 @pytest.mark.parametrize("capture", [False, True])
-def test_training_and_metrics(by_default, capture):
+def test_training_and_metrics(default_device, capture):
     vae = VAE()
     symeq = SymmetricEquilibrium(
         vae.model, vae.guide, Adam({"lr": 0.01}), nonfinite="skip", capture=capture
@@ -53,7 +47,7 @@ def test_training_and_metrics(by_default, capture):
     assert math.isfinite(symeq.step(x[:25]))
     pair = vae.model, vae.guide
     draws = LimitingDistribution(*pair).sample(1, x[:10], num_steps=3)
-    assert draws["z"].device.type == by_default.type
+    assert draws["z"].device.type == default_device.type
     assert log_likelihood(*pair, x, num_draws=5).values.isfinite().all()
     assert information(vae.guide, x, num_draws=5)["z"].isfinite().all()
     told = consistency(*pair, x, num_steps=3)["z"]

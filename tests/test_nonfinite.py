@@ -104,12 +104,6 @@ def validated(request):
         yield request.param
 
 
-@pytest.fixture
-def on_device(device):
-    with device:
-        yield
-
-
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize(
     ("updates", "capture", "num_steps"),
@@ -121,7 +115,7 @@ def on_device(device):
         ("simultaneous", True, 5),
     ],
 )
-@pytest.mark.usefixtures("on_device")
+@pytest.mark.usefixtures("default_device")
 def test_a_bad_batch_is_skipped_and_moves_nothing(bad, updates, capture, num_steps, validated):
     pair = Pair(updates=updates, capture=capture).run(num_steps)
     before = pair.all
