@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pyro_symeq.metrics import Features, frechet_distance, inception
+from tests.ranks import launch
 
 
 def root(matrix):
@@ -114,6 +115,16 @@ def test_on_a_device(device):
     a, b = torch.randn(30, 2), torch.randn(30, 2) + 1
     found = frechet_distance(a.float().to(device), b.float().to(device), "z").value
     assert found == pytest.approx(frechet_distance(a, b, "z").value, rel=1e-4)
+
+
+def distance_of_a_rank(rank):
+    return frechet_distance(torch.arange(9.0), (rank + 1) * torch.arange(9.0), "z").value
+
+
+def test_ranks_exchange_nothing():
+    """Sets of the variance 7.5 and of (rank + 1)^2 times that, with means of 4 and 4 (rank + 1)."""
+    expected = [rank**2 * (4**2 + 7.5) for rank in range(2)]
+    assert launch(2, distance_of_a_rank) == pytest.approx(expected, abs=1e-6)
 
 
 # --- misuse ---------------------------------------------------------------------------------
