@@ -117,6 +117,17 @@ def test_on_a_device(device):
     assert found == pytest.approx(frechet_distance(a, b, "z").value, rel=1e-4)
 
 
+def test_inception_sees_pixels_outside_as_black_and_white(tmp_path, monkeypatch):
+    from torchmetrics.image import fid
+
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    monkeypatch.setattr(fid, "_TORCH_FIDELITY_AVAILABLE", True)
+    monkeypatch.setattr(fid, "NoTrainInceptionV3", lambda **_: nn.Identity(), raising=False)
+    x = torch.tensor([-0.1, 0.0, 0.2, 1.0, 1.1]).reshape(1, 1, 1, 5)
+    assert inception(weights, 64)(x).tolist() == [3 * [0, 0, 51, 255, 255]]
+
+
 def distance_of_a_rank(rank):
     return frechet_distance(torch.arange(9.0), (rank + 1) * torch.arange(9.0), "z").value
 

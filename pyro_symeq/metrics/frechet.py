@@ -148,7 +148,8 @@ def inception(weights: str | Path, num_features: int = 2048) -> Features:
 
     Returns:
         Features of images between 0 and 1, with shape :math:`(N, 1, H, W)` or
-        :math:`(N, 3, H, W)`, which the network scales to its size.
+        :math:`(N, 3, H, W)`, which the network scales to its size. Pixels outside, of a normal
+        decoder, say, count as 0 or 1.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -179,7 +180,7 @@ class _Bytes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.network.to(x.device)
-        return self.network((x.expand(-1, 3, -1, -1) * 255).round().byte())
+        return self.network((x.clamp(0, 1).expand(-1, 3, -1, -1) * 255).round().byte())
 
 
 class _Given(nn.Module):
