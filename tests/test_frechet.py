@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pyro_symeq.metrics import Features, frechet_distance, inception
+from tests.comparison import same
 from tests.ranks import launch
 
 
@@ -101,6 +102,21 @@ def test_the_space_is_a_part_of_the_result():
     assert network.seen == [(n, False, False) for n in (10, 10, 5, 10, 10, 5)]
     assert network.training
     assert not network.inner.training
+
+
+def test_a_method_of_a_module_runs_in_evaluation_mode():
+    network = Doubled()
+    Features("doubled", network.forward)(torch.randn(3, 2))
+    assert network.seen == [(3, False, False)]
+    assert network.training
+
+
+def test_a_function_leaves_the_buffers_of_its_modules():
+    norm = nn.BatchNorm1d(2)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    Features("normed", lambda x: norm(x))(torch.randn(30, 2))
+    assert same(dict(norm.state_dict()), before)
+    assert norm.training
 
 
 def test_features_that_were_computed_before():

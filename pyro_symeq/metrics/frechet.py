@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_symeq.binding import module_of
+from pyro_symeq.rehearsal import buffers_kept
+
 __all__ = ["Features", "FrechetDistance", "frechet_distance", "inception"]
 
 
@@ -28,8 +31,8 @@ class Features:
 
     Args:
         name: Its name, which becomes a part of each result.
-        network: Maps images to their features, with one row for each. A module is run in
-            evaluation mode.
+        network: Maps images to their features, with one row for each. A module, or a method of
+            one, is run in evaluation mode; modules that another function calls, as they are.
         at_once: How many images are in memory at a time.
 
     Example:
@@ -44,7 +47,7 @@ class Features:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """Computes features.
+        """Computes features; buffers of modules end as they were.
 
         Args:
             x: Images, as the network takes them.
@@ -52,7 +55,7 @@ class Features:
         Returns:
             Their features, with shape :math:`(N, D)`.
         """
-        with _evaluating(self.network):
+        with _evaluating(module_of(self.network)), buffers_kept():
             return torch.cat([_vectors(self.network(part)) for part in x.split(self.at_once)])
 
 
@@ -226,9 +229,9 @@ def _check(name: str, x: Tensor) -> None:
 
 
 @contextmanager
-def _evaluating(network: Any) -> Iterator[None]:
+def _evaluating(network: nn.Module | None) -> Iterator[None]:
     """Lets a module run in evaluation mode, and its parts end in the modes that they had."""
-    modes = {m: m.training for m in network.modules()} if isinstance(network, nn.Module) else {}
+    modes = {} if network is None else {m: m.training for m in network.modules()}
     try:
         for module in modes:
             module.training = False
