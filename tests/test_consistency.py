@@ -63,6 +63,8 @@ def test_sets_that_are_too_small():
         two_sample_accuracy(torch.zeros(20, 2), torch.zeros(19, 2))
     with pytest.raises(ValueError, match="at least 20 vectors of one size"):
         two_sample_accuracy(torch.zeros(20, 2), torch.zeros(20, 3))
+    with pytest.raises(ValueError, match="at least 20 vectors of one size"):
+        two_sample_accuracy(torch.zeros(20, 2), torch.zeros(0, 2))
 
 
 def test_without_sklearn(monkeypatch):

@@ -157,9 +157,10 @@ def test_ranks_exchange_nothing():
 # --- misuse ---------------------------------------------------------------------------------
 
 
-def test_too_few_rows():
-    with pytest.raises(ValueError, match="at least two rows of features 'z', got 1"):
-        frechet_distance(torch.zeros(1, 2), torch.zeros(5, 2), "z")
+@pytest.mark.parametrize("number", [0, 1])
+def test_too_few_rows(number):
+    with pytest.raises(ValueError, match=f"at least two rows of features 'z', got {number}"):
+        frechet_distance(torch.zeros(number, 2), torch.zeros(5, 2), "z")
 
 
 def test_sizes_differ():

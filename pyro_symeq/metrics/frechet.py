@@ -198,7 +198,7 @@ class _Given(nn.Module):
 
 
 def _vectors(x: Tensor) -> Tensor:
-    return x.reshape(len(x), -1)
+    return x.reshape(len(x), x.shape[1:].numel())
 
 
 def _metric(like: Tensor) -> Any:

@@ -42,7 +42,7 @@ def two_sample_accuracy(a: Tensor, b: Tensor) -> Estimate:
         >>> print(f"{accuracy:.1f}")
         1.0 ± 0.0
     """
-    sets = [_shuffled(x.reshape(len(x), -1)) for x in (a, b)]
+    sets = [_shuffled(x.reshape(len(x), x.shape[1:].numel())) for x in (a, b)]
     num_rows = min(map(len, sets))
     if num_rows < 20 or sets[0].shape[1] != sets[1].shape[1]:
         raise ValueError(
