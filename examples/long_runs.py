@@ -35,6 +35,7 @@ __all__ = [
     "RunError",
     "Stopped",
     "add_options",
+    "run_path",
     "write_record",
 ]
 
@@ -124,9 +125,11 @@ class LongRun(Generic[Loss]):
         Where it can't be saved on the way, on a full disk say, the run tells so and goes on.
 
         Raises:
+            CheckpointError: It would write over a training that was stopped further on.
             RunError: It can't be saved at the end.
             Stopped: An interrupt came first.
         """
+        self._spare_what_is_unfinished()
         every = math.ceil(self.steps / self.num_looks)
         start = time.perf_counter() - self.seconds
         with (
@@ -156,7 +159,7 @@ class LongRun(Generic[Loss]):
                 self.save()
             except OSError as error:
                 raise RunError(str(error)) from error
-        if self.num_steps < self.steps:
+        if interrupted.is_set():
             raise Stopped(
                 f"Stopped at step {self.num_steps}, which is kept in {self.checkpoint}. To go "
                 "on, give the same options and --resume."
@@ -166,6 +169,8 @@ class LongRun(Generic[Loss]):
         """Writes the checkpoint; at no time is there half of one."""
         state = {
             "identity": self.identity,
+            "num_steps": self.num_steps,
+            "steps": self.steps,
             "seconds": self.seconds,
             "history": self.history,
             "learner": self.learner.state_dict(),
@@ -177,6 +182,20 @@ class LongRun(Generic[Loss]):
             self.save()
         except OSError as error:
             tell(f"{error} The run goes on, and tries again later.")
+
+    def _spare_what_is_unfinished(self) -> None:
+        if not self.checkpoint.exists():
+            return
+        try:
+            state = checkpoint.load(self.checkpoint)
+            taken, steps = state["num_steps"], state["steps"]
+        except (KeyError, TypeError, ValueError):
+            return  # nothing that could go on
+        if self.num_steps < taken < steps:
+            raise CheckpointError(
+                f"{self.checkpoint} holds a training that was stopped at step {taken} of {steps}. "
+                "Go on from there with --resume, or remove the file to start anew."
+            )
 
     def resume(self, *batch: Any) -> None:
         """Reads the checkpoint.
@@ -211,6 +230,25 @@ class LongRun(Generic[Loss]):
                 f"The checkpoint {path} is of other programs. {error}"
             ) from error
         self.seconds, self.history = seconds, history
+
+
+def run_path(
+    options: argparse.Namespace, *parts: object, asked: Iterable[str] = ("steps",)
+) -> Path:
+    """The common beginning of the names of a run's files.
+
+    Args:
+        options: The options of the program.
+        parts: What the names consist of.
+        asked: Options that are named in them where they were given.
+    """
+    given = ((name, getattr(options, name)) for name in asked)
+    more = [
+        name if value is True else f"{name}-{value}"
+        for name, value in given
+        if value is not None and value is not False
+    ]
+    return options.out / "-".join(map(str, (*parts, *more))).replace("_", "-")
 
 
 def add_options(parser: argparse.ArgumentParser, presets: Iterable[str] = ()) -> None:

@@ -19,6 +19,7 @@ from long_runs import (  # noqa: E402
     LongRun,
     Stopped,
     add_options,
+    run_path,
     write_record,
 )
 
@@ -90,6 +91,41 @@ def test_a_stopped_run_goes_on_exactly(tmp_path):
     assert [moment["step"] for moment in whole.history] == [30, 60, 90, 120]
     assert whole.history[0].keys() == {"step", "seconds", "first", "second"}
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["walk.pt"]
+
+
+def test_an_unfinished_run_is_not_written_over(tmp_path):
+    stopped = long_run(Walk(), tmp_path)
+    stopped.learner.stops_at = 47
+    with pytest.raises(Stopped):
+        stopped.train()
+    kept = stopped.checkpoint.read_bytes()
+    with pytest.raises(CheckpointError, match=r"stopped at step 47 of 120.*--resume, or remove"):
+        long_run(Walk(), tmp_path).train()
+    assert stopped.checkpoint.read_bytes() == kept
+    stopped.learner.stops_at = None
+    stopped.train()
+    again = long_run(Walk(), tmp_path)
+    again.train()  # a finished one is made anew
+    assert again.num_steps == 120
+
+
+def test_an_interrupt_in_the_last_step_stops_the_run(tmp_path):
+    run = long_run(Walk(), tmp_path)
+    run.learner.stops_at = 120
+    with pytest.raises(Stopped, match="Stopped at step 120"):
+        run.train()
+    resumed = long_run(Walk(), tmp_path)
+    resumed.resume()
+    resumed.train()
+    assert resumed.num_steps == 120
+
+
+def test_files_are_named_by_what_was_asked_for(tmp_path):
+    options = argparse.Namespace(out=tmp_path, steps=None, annealed=0.0, is_fast=True, slow=False)
+    asked = ("steps", "annealed", "is_fast", "slow")
+    path = run_path(options, "digits", 0, asked=asked)
+    assert path == tmp_path / "digits-0-annealed-0.0-is-fast"
+    assert run_path(options, "digits", 0) == tmp_path / "digits-0"
 
 
 def test_the_second_interrupt_is_an_ordinary_one(tmp_path):
