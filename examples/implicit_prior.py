@@ -45,7 +45,7 @@ from cli import begun, ended_cleanly, parser
 with ended_cleanly("implicit_prior.py"):
     from data import DataError, Images, load
     from layers import linear
-    from long_runs import LongRun, RunError, add_options, write_record
+    from long_runs import LongRun, RunError, add_options, run_path, write_record
     from networks import LadderVAE
     from pyro_symeq import Implicit, SymmetricEquilibrium, SymmetricLoss
     from tiles import draw
@@ -472,22 +472,27 @@ class Training:
         return {"L_p": loss.decoder / self.batch_size, "L_q": loss.encoder / self.batch_size}
 
 
+def parts(options: argparse.Namespace) -> tuple[object, ...]:
+    """What the names of all files of a run begin with."""
+    return "implicit", options.data, options.preset, options.seed
+
+
 def learn(
     training: Training, name: str, scene: Scene, options: argparse.Namespace
 ) -> LongRun[Any]:
     """Trains a pair, or goes on from its checkpoint."""
     settings = training.settings
-    stem = f"implicit_{options.data}_{name.replace(' ', '_')}"
+    path = run_path(options, *parts(options), name.replace(" ", "-"))
     run = LongRun(
         training.symeq,
         training.step,
         steps=settings.steps,
         identity={"pair": name, "seed": options.seed, **asdict(settings)},
-        checkpoint=options.out / f"{stem}.pt",
+        checkpoint=path.with_suffix(".pt"),
         read=training.utilities,
         look=lambda: scene.measure(training.pair),
         num_looks=4,
-        tensorboard=options.out / "tensorboard" / stem if options.tensorboard else None,
+        tensorboard=options.out / "tensorboard" / path.name if options.tensorboard else None,
     )
     if options.resume and (name == GAME or run.checkpoint.exists()):
         run.resume(training.x[:2])
@@ -547,7 +552,7 @@ def run(options: argparse.Namespace) -> None:
     }
     seconds = {name: run.seconds for name, run in runs.items()}
     report(figures, seconds)
-    path = options.out / f"implicit_{options.data}"
+    path = run_path(options, *parts(options))
     scene.picture(path.with_suffix(".png"), game)
     write_record(
         path.with_suffix(".json"),

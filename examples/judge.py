@@ -47,17 +47,20 @@ class Judge:
 
     def prior(self, num_samples: int) -> Latents:
         """Latents of the decoder."""
-        return _latents(poutine.uncondition(self.hvae.model), self.x[:num_samples])
+        return _latents(poutine.uncondition(self.hvae.model), self._rows(num_samples))
 
     def posterior(self, num_samples: int) -> Latents:
-        """Latents that the encoder draws for as many real images."""
-        return _latents(self.hvae.guide, self.x[:num_samples])
+        """Latents that the encoder draws for real images, some again where there are fewer."""
+        return _latents(self.hvae.guide, self._rows(num_samples))
 
     def limiting(self, num_samples: int, num_rounds: int) -> Latents:
         """Latents of the limiting distribution, after so many rounds from those of the decoder."""
         chains = LimitingDistribution(self.hvae.model, self.hvae.guide)
-        draws = chains.sample(1, self.x[:num_samples], num_steps=num_rounds)
+        draws = chains.sample(1, self._rows(num_samples), num_steps=num_rounds)
         return {name: draws[name][0] for name in LAYERS}
+
+    def _rows(self, num_samples: int) -> Tensor:
+        return self.x[torch.arange(num_samples, device=self.x.device) % len(self.x)]
 
     @torch.no_grad()
     def probabilities(self, latents: Latents) -> Tensor:
@@ -95,12 +98,12 @@ class Judge:
         }
 
     def bits(self, num_draws: int = 10) -> Figures:
-        """The information of each layer about 1,000 images (bits)."""
+        """The information of each layer about 1,000 images, or all of fewer (bits)."""
         latents = information(self.hvae.guide, self.x[:AT_ONCE], num_draws=num_draws)
         return {f"bits/{name}": each.sum().item() for name, each in latents.items()}
 
     def likelihood(self, num_draws: int) -> Figures:
-        """The importance-weighted log-likelihood of 1,000 images, and their ELBO (nats)."""
+        """The importance-weighted log-likelihood of as many images, and their ELBO (nats)."""
         rows = self.x[:AT_ONCE]
         told = log_likelihood(self.hvae.model, self.hvae.guide, rows, num_draws=num_draws)
         return {

@@ -8,8 +8,8 @@ held out, by the Fréchet distance in the features of a classifier. In a consist
 distances are alike.
 
 Each run leaves a JSON file of all figures, a picture of images, one of its latents, and a
-checkpoint. Once there is a run of the game and one of the ELBO that differ in nothing else, a
-picture shows them side by side.
+checkpoint. Once there are runs of the game and of the ELBO in one folder that differ in nothing but
+what is a method's own, as its learning rate, a picture shows them side by side.
 
 Run ``python examples/mnist_hvae.py --help`` for the options.
 """
@@ -37,7 +37,7 @@ with ended_cleanly("mnist_hvae.py"):
     from features import feature_space
     from hvae import DEEP, FACTORISATIONS, STYLES, Size
     from judge import LAYERS, Judge, Latents
-    from long_runs import LongRun, RunError, add_options, write_record
+    from long_runs import LongRun, RunError, add_options, run_path, write_record
     from pyro_symeq import Game, GameLoss, Player, SymmetricEquilibrium, SymmetricUtility
     from reweighted import Reweighted
     from training import cosine, in_turn
@@ -45,6 +45,9 @@ with ended_cleanly("mnist_hvae.py"):
 DATA = ("mnist", "fashion", "digits")
 METHODS = ("game", "elbo", "rws")
 NAMES = ("data", "factorisation", "net", "method", "preset", "seed")  # of a run
+ASKED = ("steps", "learning_rate", "annealed", "last_word", "bfloat16")  # named if they were
+# In these, methods may differ whose images stand side by side
+OWN = {"method", "learning_rate", "last_word", "encoder_steps", "num_proposals", "code_warmup"}
 NUM_LOOKS = 16
 NUM_SHOWN = 16  # images
 NUM_EMBEDDED = 1000  # latents of each law
@@ -71,7 +74,8 @@ class Settings:
         num_proposals: Among how many draws of the encoder a latent is chosen for the game's decoder.
         code_warmup: For how many steps the game's encoder learns a code if it finds none. Networks
             that find one without it draw better then.
-        learns_all: Whether held-out images are learned from too, and all are compared to.
+        learns_all: Whether held-out images are learned from too, and all are compared to. All
+            figures are of images that were learned from then.
     """
 
     steps: int
@@ -222,9 +226,10 @@ def figures(judge: Judge, laws: dict[str, Latents], settings: Settings) -> dict[
 
 
 def path(options: argparse.Namespace, kind: str, **others: str) -> Path:
-    """A file that a run leaves; or another run, which differs from it in some names."""
+    """A file that a run leaves, or several runs that differ from it in some names."""
     names = vars(options) | others
-    return options.out / f"{'-'.join(str(names[name]) for name in NAMES)}.{kind}"
+    start = run_path(options, *(names[name] for name in NAMES), asked=ASKED)
+    return start.with_name(f"{start.name}.{kind}")
 
 
 def picture_latents(options: argparse.Namespace, laws: dict[str, Latents]) -> None:
@@ -237,21 +242,30 @@ def picture_latents(options: argparse.Namespace, laws: dict[str, Latents]) -> No
     embeddings.draw(path(options, "latents.png"), title, layers)
 
 
-def picture_images(options: argparse.Namespace, rows: dict[str, Tensor]) -> None:
-    """Draws images beside those of the other methods, of which there are runs (Fig. 1).
+def picture_images(
+    options: argparse.Namespace, identity: dict[str, Any], rows: dict[str, Tensor]
+) -> None:
+    """Draws images beside those of other methods, of which there are such runs (Fig. 1).
 
     Args:
         options: The options of the program.
+        identity: What the run depends on, by name.
         rows: Probabilities of pixels by the label of their row, with shape :math:`(N, H, W)`.
     """
-    torch.save(rows, path(options, "images.pt"))
-    every: dict[str, Tensor] = {}
-    for method in METHODS:
-        file = path(options, "images.pt", method=method)
-        if file.exists():
-            every |= torch.load(file, weights_only=True)
+    torch.save({"identity": identity, "rows": rows}, path(options, "images.pt"))
+    found = {options.method: rows}
+    for file in sorted(options.out.glob("*.images.pt")):
+        other = torch.load(file, weights_only=True)
+        if _shared(other["identity"]) == _shared(identity):
+            found.setdefault(other["identity"]["method"], other["rows"])
+    every = {label: row for method in METHODS for label, row in found.get(method, {}).items()}
     title = f"{options.data}, {options.factorisation}, {options.net}: Fréchet distances and images"
     tiles.draw(path(options, "png", method="methods"), title, every)
+
+
+def _shared(identity: dict[str, Any]) -> dict[str, Any]:
+    """What runs of different methods have in common."""
+    return {name: x for name, x in identity.items() if name not in OWN}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -280,6 +294,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed = options.parse_args(arguments)
     if parsed.method == "rws" and parsed.factorisation == "ladder":
         options.error("rws needs --factorisation reverse: its programs can't share parameters")
+    if parsed.data == "digits" and parsed.preset == "paper":
+        options.error("--preset paper is for images of 28x28 pixels; --data digits has 8x8")
     if parsed.method != "game" and parsed.last_word is not None:
         options.error("--last-word is for --method game, where the encoder moves by itself")
     return parsed
@@ -350,7 +366,7 @@ def run(options: argparse.Namespace, arguments: list[str] | None) -> None:
         distance = told[f"frechet[{features.name}]/{label}"]
         gray = judge.probabilities(laws[law])[:NUM_SHOWN].unflatten(-1, [images.side] * 2)
         rows[f"{options.method}, {label} {distance:.1f}"] = gray.clone().cpu()
-    picture_images(options, rows)
+    picture_images(options, long_run.identity, rows)
     picture_latents(options, laws)
     print(f"The figures are in {path(options, 'json')}, with pictures beside it.")
 

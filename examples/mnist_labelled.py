@@ -37,7 +37,7 @@ with ended_cleanly("mnist_labelled.py"):
     import tiles
     from data import DataError, Images, load
     from features import Classifier, classifier, feature_space
-    from long_runs import LongRun, RunError, add_options, write_record
+    from long_runs import LongRun, RunError, add_options, run_path, write_record
     from networks import LadderVAE
     from pyro_symeq import (
         LimitingDistribution,
@@ -335,8 +335,7 @@ def run(options: argparse.Namespace) -> None:
         settings.num_samples,
     )
     identity = {"data": options.data, "seed": options.seed, **asdict(settings)}
-    name = f"labelled-{options.data}-{options.preset}-{options.seed}"
-    path = options.out / name
+    path = run_path(options, "labelled", options.data, options.preset, options.seed)
     long_run = LongRun(
         training.symeq,
         training.step,
@@ -345,7 +344,7 @@ def run(options: argparse.Namespace) -> None:
         checkpoint=path.with_suffix(".pt"),
         read=training.utilities,
         look=lambda: look(judge, max(settings.num_rounds // 20, 1)),
-        tensorboard=options.out / "tensorboard" / name if options.tensorboard else None,
+        tensorboard=options.out / "tensorboard" / path.name if options.tensorboard else None,
     )
     if options.resume:
         long_run.resume(images.x[:2], images.y[:2])
@@ -374,7 +373,7 @@ def run(options: argparse.Namespace) -> None:
     for what, value in seconds.items():
         print(f"{what:50} {value:10.1f} s")
     picture_images(path.with_suffix(".png"), judge, draws)
-    picture_latents(options.out / f"{name}-latents.png", draws)
+    picture_latents(path.with_name(f"{path.name}-latents.png"), draws)
 
 
 def main(arguments: list[str] | None = None) -> None:

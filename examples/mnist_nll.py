@@ -39,7 +39,7 @@ from cli import begun, ended_cleanly, parser
 with ended_cleanly("mnist_nll.py"):
     from data import DataError, load_gray
     from layers import linear
-    from long_runs import LongRun, RunError, add_options, write_record
+    from long_runs import LongRun, RunError, add_options, run_path, write_record
     from pyro_symeq import SymmetricEquilibrium, SymmetricLoss, SymmetricUtility
     from pyro_symeq.metrics import LogLikelihood, log_likelihood
     from tiles import draw
@@ -287,7 +287,7 @@ def run(options: argparse.Namespace) -> None:
         "seed": options.seed,
         **asdict(settings),
     }
-    path = options.out / f"nll_{options.network}_{options.data}"
+    path = run_path(options, "nll", options.network, options.data, options.preset, options.seed)
     long_run = LongRun(
         training.symeq,
         training.step,

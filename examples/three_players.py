@@ -36,7 +36,7 @@ with ended_cleanly("three_players.py"):
     from faces.pairs import Pairs, Splits, load
     from faces.pictures import picture_appearances, picture_completions, picture_pairs
     from faces.training import METHODS, PRESETS, Settings, Training
-    from long_runs import LongRun, RunError, add_options, write_record
+    from long_runs import LongRun, RunError, add_options, run_path, write_record
     from pyro_symeq import GameLoss
 
 NUM_LOOKED_AT = 64  # images that are segmented on the way
@@ -145,7 +145,8 @@ def picture(options: argparse.Namespace, judge: Judge, splits: Splits, settings:
 def stem(options: argparse.Namespace, *more: str) -> Path:
     """The common beginning of the names of a run's files, and what follows it."""
     parts = "three-players", options.data, options.method, options.labelled, options.preset
-    return options.out / "-".join(map(str, (*parts, options.seed, *more)))
+    path = run_path(options, *parts, options.seed)
+    return path.with_name("-".join((path.name, *more)))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

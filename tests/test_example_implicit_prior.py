@@ -30,19 +30,19 @@ def test_a_smoke_run_leaves_its_figures_and_goes_on(tmp_path, data, what, settin
         result = run_example("implicit_prior.py", *options, *more)
         assert result.returncode == 0, result.stderr
     assert "Pyro's ELBO ends in an error: An Implicit distribution" in result.stdout
-    figures = json.loads((tmp_path / f"implicit_{data}.json").read_text())["figures"]
+    figures = json.loads((tmp_path / f"implicit-{data}-smoke-0.json").read_text())["figures"]
     assert len(figures["instrument"]) == settings
     names = ["nothing", "the game", "true instrument", "first guess of it"]
     assert list(figures["held out"]) == names
     assert all(measured.keys() == what for measured in figures["held out"].values())
-    assert (tmp_path / f"implicit_{data}.png").stat().st_size > 10_000
+    assert (tmp_path / f"implicit-{data}-smoke-0.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
 def test_the_game_finds_ways_and_moves_towards_the_true_camera(tmp_path):
     result = run_example("implicit_prior.py", "--steps", "600", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    figures = json.loads((tmp_path / "implicit_walk.json").read_text())["figures"]
+    figures = json.loads((tmp_path / "implicit-walk-laptop-0-steps-600.json").read_text())["figures"]
     errors = {k: m["root-mean-square error"] for k, m in figures["held out"].items()}
     assert errors["the game"] < errors["nothing"] / 2
     background = figures["instrument"]["background"]

@@ -191,7 +191,7 @@ def test_runs_leave_figures_and_pictures(tmp_path):
     mnist_hvae.main([*options, "--device", "cpu", "--method", "elbo"])
     result = run_example("mnist_hvae.py", *options)  # as a user runs it
     assert result.returncode == 0, result.stderr
-    stem = "digits-ladder-silu-game-smoke-0"
+    stem = "digits-ladder-silu-game-smoke-0-steps-20"
     record = json.loads((tmp_path / f"{stem}.json").read_text())
     figures = {
         "frechet[digits-cnn]/decoder",
@@ -212,9 +212,37 @@ def test_runs_leave_figures_and_pictures(tmp_path):
     for moment in record["history"]:
         assert ("frechet[digits-cnn]/limiting" in moment) == (moment["step"] > 15)
     images = torch.load(tmp_path / f"{stem}.images.pt", weights_only=True)
-    assert all(label.startswith("game, ") for label in images)
-    for picture in ("digits-ladder-silu-methods-smoke-0.png", f"{stem}.latents.png"):
+    assert all(label.startswith("game, ") for label in images["rows"])
+    for picture in ("digits-ladder-silu-methods-smoke-0-steps-20.png", f"{stem}.latents.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_images_stand_beside_those_of_runs_alike(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(mnist_hvae.tiles, "draw", lambda path, title, rows: drawn.append(rows))
+    for method, steps, rate in (("elbo", 5, 1e-3), ("elbo", 6, 1e-3), ("game", 5, 2e-3)):
+        arguments = f"--method {method} --steps {steps} --learning-rate {rate} --out {tmp_path}"
+        identity = {"method": method, "steps": steps, "learning_rate": rate}
+        rows = {f"{method} after {steps}": torch.zeros(1, 2, 2)}
+        mnist_hvae.picture_images(parse(arguments.split()), identity, rows)
+    assert [list(rows) for rows in drawn] == [
+        ["elbo after 5"],
+        ["elbo after 6"],
+        ["game after 5", "elbo after 5"],
+    ]
+
+
+def test_small_images_do_not_fit_the_networks_of_the_paper(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--data", "digits", "--preset", "paper"])
+    assert "--preset paper is for images of 28x28 pixels" in capsys.readouterr().err
+
+
+def test_there_are_as_many_latents_as_asked_for():
+    asked = judge()
+    num_samples = len(asked.x) + 7
+    for latents in (asked.prior(num_samples), asked.posterior(num_samples)):
+        assert latents["z0"].shape == (num_samples, 30)
 
 
 def test_reweighted_wake_sleep_shares_no_parameters(capsys):

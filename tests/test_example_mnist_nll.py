@@ -43,7 +43,7 @@ def test_a_smoke_run_leaves_its_figures_and_goes_on(tmp_path, root, network, dat
     for more in ([], ["--resume"]):
         result = run_example("mnist_nll.py", *options, "--out", out, *more)
         assert result.returncode == 0, result.stderr
-    record = json.loads((out / f"nll_{network}_{data}.json").read_text())
+    record = json.loads((out / f"nll-{network}-{data}-smoke-0.json").read_text())
     figures = record["figures"]
     assert figures["number of draws K"] == 10
     # An untrained network knows little more than the mean image: of fair pixels, 543 nats.
@@ -51,7 +51,7 @@ def test_a_smoke_run_leaves_its_figures_and_goes_on(tmp_path, root, network, dat
     assert record["settings"]["network"] == network
     assert record["settings"]["binarisation"] == data
     assert len(record["history"]) == 4
-    assert (out / f"nll_{network}_{data}.png").stat().st_size > 10_000
+    assert (out / f"nll-{network}-{data}-smoke-0.png").stat().st_size > 10_000
     assert ("test NLL of wake-sleep" in result.stdout) == (network == "linear")
 
 
