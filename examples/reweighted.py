@@ -22,7 +22,9 @@ class Reweighted:
     """Learns a model and a guide that share no parameters.
 
     The decoder climbs the likelihood of the data by importance-weighted draws of the guide; the
-    encoder that of dreams.
+    encoder that of dreams. A draw of Pyro's is one of the whole batch and has one weight, and not one
+    for each image as in the paper of Bornschein and Bengio, so that in large batches nearly all
+    weight is one draw's.
 
     Args:
         model: The decoder's program, of images.
