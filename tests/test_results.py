@@ -142,6 +142,31 @@ def test_a_claim_on_two_methods_needs_both(tmp_path):
     claim = cells(text, "MNIST, ladder", "The game's decoder distance")
     assert claim["laptop, tanh"] == "not run"
     assert cells(text, "MNIST, ladder", "ELBO's decoder distance")["laptop, tanh"] == "–"
+    missing = text.partition("## What has not been run")[2].partition("\n## ")[0]
+    assert "- MNIST, ladder; laptop, tanh: The game's decoder distance is half of" in missing
+    assert "The game's limiting distance is not far above" not in missing
+
+
+def test_a_preset_with_other_steps_has_not_been_run(tmp_path):
+    command = "python examples/mnist_labelled.py --steps 20"
+    text = page(records(tmp_path, labelled(0.99, command=command)))
+    missing = text.partition("## What has not been run")[2]
+    assert "- MNIST with labels: laptop, paper\n" in missing
+    assert "python examples/mnist_labelled.py --preset laptop --data mnist\n" in missing
+
+
+def test_likelihoods_of_what_was_learned_are_named_so(tmp_path):
+    text = page(records(tmp_path, hierarchical("game", 10.0, 12.0, learns_all=True)))
+    name = "game's log-likelihood, of images learned from (nats)"
+    assert cells(text, "MNIST, ladder", name)["laptop, tanh"] == "-90"
+    assert "| game's log-likelihood (nats)" not in text
+
+
+def test_each_data_set_has_bounds_of_its_own(tmp_path):
+    text = page(records(tmp_path, labelled(0.99)))
+    for title in ("MNIST, ladder", "MNIST, reverse", "Fashion-MNIST, ladder"):
+        for row in ("The game's decoder", "The game's limiting", "ELBO's limiting"):
+            assert cells(text, title, row)["published"].endswith(", holds")
 
 
 def test_shortfalls_are_listed(tmp_path):
@@ -252,7 +277,7 @@ def test_runs_whose_schedule_was_asked_for_are_a_setting_of_their_own(tmp_path):
     row = cells(page(records(tmp_path, *runs)), "MNIST, ladder", "game's decoder distance")
     assert row["laptop, tanh"] == "10"
     assert row["laptop, tanh, 16,000 steps, annealed 0.2"] == "20"
-    assert row["laptop, tanh, 16,000 steps, annealed 0"] == "30"
+    assert row["laptop, tanh, 16,000 steps, constant rate"] == "30"
 
 
 def test_what_only_a_game_depends_on(tmp_path):
@@ -270,6 +295,20 @@ def test_what_only_a_game_depends_on(tmp_path):
     another = hierarchical("game", 10.0, 12.0, encoder_steps=2, num_proposals=1, seed=1)
     with pytest.raises(RecordError, match="differ in num_proposals"):
         page(records(tmp_path, game, *others, another))
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "."])
+def test_a_folder_without_results_leaves_the_page(tmp_path, folder):
+    target = tmp_path / "page.md"
+    target.write_text("as it was")
+    with pytest.raises(SystemExit, match="There is no JSON file in"):
+        main([str(tmp_path / folder), str(target)])
+    assert target.read_text() == "as it was"
+
+
+def test_too_many_arguments():
+    with pytest.raises(SystemExit, match="Usage"):
+        main(["a", "b", "c"])
 
 
 def test_files_that_are_no_records(tmp_path):
