@@ -139,6 +139,32 @@ def test_a_class(kind):
     assert found.layers["y"].item() == pytest.approx(2)
 
 
+JOINT_OR_APART = {
+    "joint": lambda loc, scale: dist.MultivariateNormal(loc, scale_tril=scale * torch.eye(2)),
+    "apart": lambda loc, scale: dist.Normal(loc, scale).to_event(1),
+}
+
+
+@pytest.mark.parametrize("prior", JOINT_OR_APART)
+@pytest.mark.parametrize("posterior", JOINT_OR_APART)
+def test_what_model_or_guide_keep_together_is_one_unit(prior, posterior):
+    """Units that are independent for both add up to their layer."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", JOINT_OR_APART[prior](torch.zeros(len(x), 2), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", JOINT_OR_APART[posterior](x / 2, 0.5**0.5))
+
+    found = dreamed_information(model, guide, torch.zeros(500, 2))
+    assert found.units["z"].shape == ((2,) if prior == posterior == "apart" else ())
+    assert found.layers["z"] > 0.5
+    torch.testing.assert_close(found.units["z"].sum(), found.layers["z"])
+
+
 def test_parts_of_rows_count_alone():
     """Only the first of two parts of each row matters, and rows lie in an outer plate."""
 

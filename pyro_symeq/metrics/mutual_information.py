@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.distributions.util import scale_and_mask
+from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
 from pyro_symeq import passes
@@ -146,8 +146,9 @@ def dreamed_information(
         kwargs: More of what both programs take.
 
     Returns:
-        Bits of units and of layers; a latent with vectors for values (``OneHotCategorical``, say)
-        counts as one unit. Latents without a density (``Implicit``) are left out.
+        Bits of units and of layers; a latent with vectors for values in model or guide
+        (``OneHotCategorical`` or ``MultivariateNormal``, say) counts as one unit. Latents without a
+        density (``Implicit``) are left out.
 
     Raises:
         ValueError: ``num_draws`` isn't a positive integer, there is no such plate, or the guide
@@ -190,19 +191,27 @@ def dreamed_information(
 
 
 def _unit_bits(name: str, dream: Record, runs: Sequence[Record], rows: Rows) -> Tensor:
-    """The mean over the dreams of log q(z_j | x) - log p(z_j), for the parts of a site."""
-    z = passes.value(dream, name)
+    """The mean over the dreams of log q(z_j | x) - log p(z_j), for the units of a site."""
+    z, p = passes.value(dream, name), dream.variables[name]["fn"]
     laws = [run.variables[name]["fn"] for run in runs if name in run.variables]
-    log_q = _log_mean(torch.stack([independent_parts(law)[0].log_prob(z) for law in laws]), 0)
-    p, num_dims = independent_parts(dream.variables[name]["fn"])
-    dim = rows.dim - num_dims
-    dim_of_z = dim - p.event_dim
+    num_dims = min(independent_parts(law)[1] for law in (p, *laws))
+    log_q = _log_mean(torch.stack([_log_prob(q, z, num_dims) for q in laws]), 0)
+    dim, dim_of_z = rows.dim - num_dims, rows.dim - p.event_dim
     by_dream = z.movedim(dim_of_z, 0).unsqueeze(dim_of_z)  # beside the laws of all dreams
     log_p = [
-        _log_mean(p.log_prob(some), dim)
-        for some in by_dream.split(max(AT_ONCE // p.batch_shape.numel(), 1))
+        _log_mean(_log_prob(p, some, num_dims), dim)
+        for some in by_dream.split(max(AT_ONCE // z.numel(), 1))
     ]
     return ((log_q.mean(dim) - torch.cat(log_p).mean(0)) / math.log(2)).clamp(min=0)
+
+
+def _log_prob(law: Any, z: Tensor, num_dims: int) -> Tensor:
+    """The log-probability of units: independent parts that lie along so many dimensions.
+
+    Parts along more dimensions, of a law that splits finer than others of its site, add up.
+    """
+    part, num_parts_dims = independent_parts(law)
+    return sum_rightmost(part.log_prob(z), num_parts_dims - num_dims)
 
 
 def _layer_bits(name: str, dream: Record, guided: Record, rows: Rows) -> Tensor:
