@@ -1,7 +1,7 @@
 """The information that latents carry about the rows of a batch, from runs of a guide."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +9,33 @@ from pyro.distributions import Independent, MaskedDistribution
 from torch import Tensor
 
 from pyro_symeq import passes
+from pyro_symeq.binding import Call, Program
+from pyro_symeq.passes import Observation
 from pyro_symeq.rows import Rows, shared_rows
 from pyro_symeq.tracing import Record
+
+
+def several_runs(
+    guide: Program,
+    call: Call,
+    num_runs: int,
+    given: Mapping[str, Observation] | None = None,
+    rows: Mapping[str, Tensor] | None = None,
+) -> list[Record]:
+    """Runs a guide several times on the same rows of a batch.
+
+    Args:
+        guide: The guide.
+        call: Its arguments.
+        num_runs: How often it runs.
+        given: What was observed of some of its sites.
+        rows: The subsamples of plates that the first run is not to draw.
+    """
+    runs: list[Record] = []
+    for _ in range(num_runs):
+        runs.append(passes.fill_in(guide, call, given or {}, rows))
+        rows = passes.subsamples(runs[0])
+    return runs
 
 
 def in_latents(runs: Sequence[Record], given: Iterable[str] = ()) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from pyro_symeq import passes
 from pyro_symeq.binding import Call, Program, layout
 from pyro_symeq.code import deal, hold, is_dealt
 from pyro_symeq.draws import Draws
-from pyro_symeq.informing import in_latents
+from pyro_symeq.informing import in_latents, several_runs
 from pyro_symeq.passes import Observation, Observations, Run
 from pyro_symeq.pattern import Pattern
 from pyro_symeq.play import Masks, Play, Scored
@@ -126,7 +126,7 @@ class Pair:
             if pattern.lacks_data:
                 return {}
             given, rows = self._given(pattern, call)
-            runs = [passes.fill_in(self.guide, call, given, rows) for _ in range(num_draws)]
+            runs = several_runs(self.guide, call, num_draws, given, rows)
             found = in_latents(runs, given)
             laws = {name: runs[0].variables[name]["fn"] for name in found}
             return {n: x for n, x in found.items() if is_dealt(laws[n]) or not are_coded}

@@ -183,6 +183,21 @@ def test_parts_of_rows_count_alone():
     torch.testing.assert_close(found.layers["z"], torch.tensor(1.0))
 
 
+def test_all_runs_look_at_the_rows_of_the_dream():
+    def model(x):
+        with pyro.plate("data", len(x), subsample_size=20) as index:
+            z = pyro.sample("z", dist.Bernoulli(0.5 * torch.ones(20)))
+            pyro.sample("x", dist.Normal(z, 0.01), obs=x[index])
+
+    def guide(x):
+        with pyro.plate("data", len(x), subsample_size=20) as index:
+            pyro.sample("z", dist.Bernoulli(logits=100 * (x[index] - 0.5)))
+
+    found = dreamed_information(model, guide, torch.zeros(200))
+    torch.testing.assert_close(found.units["z"], torch.tensor(1.0))
+    torch.testing.assert_close(found.layers["z"], torch.tensor(1.0))
+
+
 # --- collapse -------------------------------------------------------------------------------
 
 

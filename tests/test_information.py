@@ -95,6 +95,17 @@ def test_rows_are_the_plate_that_all_latents_share():
     torch.testing.assert_close(found, torch.stack([each["z"] for each in expected]))
 
 
+def subsampling(x):
+    """One bit: whether a row comes before or after the median of its subsample."""
+    with pyro.plate("rows", len(x), subsample_size=20) as index:
+        logits = 100 * (x[index] - x[index].median()) - 50
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("sign", torch.ones(())) * logits))
+
+
+def test_all_runs_look_at_the_same_rows():
+    assert information(subsampling, torch.arange(200.0))["z"].item() == pytest.approx(1)
+
+
 def test_latents_above_are_averaged_out():
     """The enumerated posterior of the second layer; the estimate has a bias of 1/K."""
     ladder, x = Ladder(), bits(3)
@@ -174,6 +185,18 @@ def test_it_is_that_of_the_guide_on_the_batch():
     loss = game(pair, rest(), watch=1).step(x)
     assert torch.allclose(loss.information["z0"], information(pair.guide, x)["z0"])
     assert loss.information["z0"].sum() > 0.5
+
+
+def test_it_is_that_of_some_rows_where_plates_leave_out_others():
+    def model(x):
+        with pyro.plate("rows", len(x), subsample_size=20) as index:
+            prior = pyro.param("prior", torch.zeros(()))
+            z = pyro.sample("z", dist.Bernoulli(logits=prior.expand(20)))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    symeq = SymmetricEquilibrium(model, subsampling, SGD({"lr": 0.0}), watch=1)
+    loss = symeq.step(torch.arange(200.0))
+    assert loss.information["z"].item() == pytest.approx(1)
 
 
 def test_to_be_watched_changes_nothing():

@@ -27,7 +27,7 @@ from torch import Tensor
 from pyro_symeq import passes
 from pyro_symeq.binding import Program
 from pyro_symeq.checks import check_count
-from pyro_symeq.informing import in_latents, independent_parts
+from pyro_symeq.informing import in_latents, independent_parts, several_runs
 from pyro_symeq.rehearsal import Bind, buffers_kept, rehearse
 from pyro_symeq.rows import Rows, required_rows, shared_rows
 from pyro_symeq.tracing import Record
@@ -94,7 +94,7 @@ def information(
     """
     check_count("num_draws", num_draws, at_least=1)
     with torch.no_grad(), buffers_kept():
-        runs = [passes.fill_in(guide, (args, kwargs), {}) for _ in range(num_draws)]
+        runs = several_runs(guide, (args, kwargs), num_draws)
     if shared_rows(runs) is None:
         raise ValueError(
             "Expected all latents of the guide in one vectorised plate, whose rows are those of "
@@ -177,7 +177,8 @@ def dreamed_information(
         dream = passes.dream(model, call, followed=pattern.is_followed)
         dreamed = pattern.hand_over(dream, call)
         guided = passes.replay(guide, dreamed, passes.values(dream.trace))
-        runs = [passes.fill_in(guide, dreamed, {}) for _ in range(num_draws)]
+        subsamples = passes.subsamples(dream.trace)
+        runs = several_runs(guide, dreamed, num_draws, rows=subsamples)
     rows = required_rows([dream.trace, guided, *runs])
     latents = [
         name
