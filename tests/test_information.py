@@ -138,6 +138,23 @@ def test_sites_without_a_mean_are_left_out():
     assert found == {}
 
 
+def test_sites_that_have_no_mean():
+    found = information(guide_of(lambda x: dist.Cauchy(x[:, 0], 1.0)), PROBS)
+    assert found["z"].isnan()
+
+
+def test_vectors_that_are_not_enumerated_count_by_element():
+    found = information(guide_of(lambda x: dist.MultivariateNormal(x, torch.eye(3))), PROBS)
+    apart = information(guide_of(lambda x: dist.Normal(x, 1.0).to_event(1)), PROBS)
+    torch.testing.assert_close(found["z"], apart["z"])
+
+
+def test_masked_rows_count():
+    is_counted = torch.arange(4) > 1
+    found = information(guide_of(lambda x: dist.Bernoulli(x[:, 0]).mask(is_counted)), PROBS)
+    assert found == information(guide_of(lambda x: dist.Bernoulli(x[:, 0])), PROBS)
+
+
 def test_what_the_guide_observes_is_not_counted():
     def guide(x):
         with pyro.plate("rows", 4):

@@ -78,8 +78,10 @@ def information(
         kwargs: Its keyword arguments.
 
     Returns:
-        Bits by latent site, with the shape of the site without its rows; a latent with vectors for
-        values (``OneHotCategorical``, say) counts as one. Sites without a mean are left out.
+        Bits by latent site, with the shape of the site without its rows. A latent with vectors for
+        values counts as one if they are enumerated (``OneHotCategorical``), and by element if not
+        (``MultivariateNormal``, ``Dirichlet``). Sites whose mean isn't known are left out; one
+        that has no mean (``Cauchy``) gives NaN. All rows count, masked ones too.
 
     Raises:
         ValueError: ``num_draws`` isn't a positive integer, or there is no such plate.
@@ -148,7 +150,8 @@ def dreamed_information(
     Returns:
         Bits of units and of layers; a latent with vectors for values in model or guide
         (``OneHotCategorical`` or ``MultivariateNormal``, say) counts as one unit. Latents without a
-        density (``Implicit``) are left out.
+        density (``Implicit``) are left out. What is masked adds nothing to layers, and counts like
+        all else in units; both are means over all rows.
 
     Raises:
         ValueError: ``num_draws`` isn't a positive integer, there is no such plate, or the guide
