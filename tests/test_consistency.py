@@ -190,6 +190,35 @@ def test_classes_are_compared_as_such():
     assert found["z"]["prior, posterior"]["accuracy[z]"] == pytest.approx(0.75, abs=0.05)
 
 
+PIXELS = {
+    "Bernoulli": (lambda x: dist.Bernoulli(logits=x), torch.float64),
+    "Categorical": (lambda x: dist.Categorical(logits=torch.stack([-x, x], -1)), torch.int64),
+}
+
+
+@pytest.mark.parametrize(("law", "dtype"), PIXELS.values(), ids=PIXELS.keys())
+def test_features_see_data_as_dreams_are(law, dtype):
+    """Bytes are cast, and classes stay classes."""
+    seen = []
+
+    def network(x):
+        seen.append((x.shape, x.dtype))
+        return x.double()
+
+    def images(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", law(z[:, None].expand(-1, 3)).to_event(1), obs=x)
+
+    def encoder(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.double().mean(-1), 1.0))
+
+    x = torch.randint(2, (30, 3), dtype=torch.uint8)
+    consistency(images, encoder, x, features={"x": Features("x", network)}, num_steps=1)
+    assert seen == 4 * [((30, 3), dtype)]
+
+
 def test_rows_with_parts_and_arguments_by_name():
     def planar(*, x):
         with pyro.plate("data", len(x), dim=-2), pyro.plate("parts", 2, dim=-1):

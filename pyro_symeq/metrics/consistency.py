@@ -57,6 +57,8 @@ def consistency(
         args: What both take: a batch of a few thousand data, say, that observes no latents, with
             all variables in a vectorised plate.
         features: The features in which data are compared, by site; sites without are left out.
+            They are given values in the shape of the site, with the rows in a first dimension, and
+            in the type that dreams have.
         num_steps: The number of rounds of the chains, which start at dreams.
         bind: How dreams are handed to the guide, see :class:`~pyro_symeq.SymmetricUtility`.
         progress: Whether to show a progress bar of the chains.
@@ -101,13 +103,13 @@ def consistency(
     latents = passes.drawn(guided)
     found = {}
     for name, value in passes.drawn(dream.trace).items():
-        form = partial(_by_row, dream.trace.variables[name], rows)
+        site = dream.trace.variables[name]
         if name in latents:
             sets = {"prior": value, "posterior": latents[name], "limiting": limiting[name][0]}
-            space = Features(name, torch.nn.Identity())
+            form, space = partial(_latents, site, rows), Features(name, torch.nn.Identity())
         elif name in features:
             sets = {"decoder": value, "data": data[name], "limiting": limiting[name][0]}
-            space = features[name]
+            form, space = partial(_by_row, site, rows), features[name]
         else:
             continue
         vectors = {kind: space(form(x)) for kind, x in sets.items()}
@@ -116,12 +118,16 @@ def consistency(
 
 
 def _by_row(site: Site, rows: Rows, value: Tensor) -> Tensor:
-    """The values of a site, with the rows in a first dimension; classes as one-hot vectors."""
+    """The values of a site, in the type of its dreams, with the rows in a first dimension."""
     of = variable(site, rows)
-    value = shaped(value, of.value.shape)
-    law, _ = independent_parts(of.law)
     assert of.dim is not None
-    by_row = value.movedim(of.dim, 0)
+    return shaped(value, of.value.shape).to(of.value.dtype).movedim(of.dim, 0)
+
+
+def _latents(site: Site, rows: Rows, value: Tensor) -> Tensor:
+    """The values of a latent by row; classes as one-hot vectors."""
+    by_row = _by_row(site, rows, value)
+    law, _ = independent_parts(site["fn"])
     if isinstance(law, Categorical):
         return one_hot(by_row.long(), law.probs.shape[-1])
     return by_row
