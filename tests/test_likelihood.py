@@ -189,6 +189,18 @@ def test_memory_is_bounded(program, at_once):
     assert max(sizes) > at_once / 2
 
 
+def test_weights_of_rows_that_are_done_are_not_kept(monkeypatch):
+    shapes, of = [], LogLikelihood.of
+
+    def watched(log_w):
+        shapes.append(log_w.shape)
+        return of(log_w)
+
+    monkeypatch.setattr(LogLikelihood, "of", watched)
+    assert_exact(log_likelihood(model, posterior, X, num_draws=3, at_once=6))
+    assert shapes == [(3, 2), (3, 2), (3, 2), (3, 1)]
+
+
 def test_networks_see_a_row_once():
     """The guide's network need not run for each draw, where programs broadcast."""
     sizes = []

@@ -106,7 +106,8 @@ def log_likelihood(
     others that have an element for each row along their first dimension. Draws for a row are made
     at once along an outermost plate, if the programs broadcast, or else for copies of the row.
     Where programs treat rows unlike when there are other ones, or run on the whole batch alone,
-    they run on that.
+    they run on that. A few runs look at the whole batch in any case, with one draw for each row: a
+    dream of the model, and both programs at it.
 
     Args:
         model: The decoder's program.
@@ -114,7 +115,8 @@ def log_likelihood(
         args: What both take, with all variables in a vectorised plate whose rows are those of the
             data.
         num_draws: The number of draws :math:`K` for each row.
-        at_once: The number of draws in a run, of all rows together, which bounds the memory.
+        at_once: The number of draws in a run, of all rows together, which bounds the memory, but
+            for the looks at the whole batch.
         bind: How dreams are handed to the guide, see :class:`~pyro_symeq.SymmetricUtility`.
         kwargs: More of what both programs take.
 
@@ -146,12 +148,23 @@ def log_likelihood(
     check_count("at_once", at_once, at_least=1)
     with torch.no_grad(), buffers_kept():
         draw, num_rows, size = _plan(model, guide, bind, (args, kwargs), num_draws, at_once)
-        log_w = []
-        for index in torch.arange(num_rows).split(size):
-            first = draw(index)
-            others = [draw(index) for _ in range(math.ceil(num_draws / len(first)) - 1)]
-            log_w.append(torch.cat([first, *others])[:num_draws])
-    return LogLikelihood.of(torch.cat(log_w, 1))
+        parts = [
+            LogLikelihood.of(_several(draw, index, num_draws))
+            for index in torch.arange(num_rows).split(size)
+        ]
+    return LogLikelihood(
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.elbos for part in parts]),
+        torch.cat([part.effective_sizes for part in parts]),
+        num_draws,
+    )
+
+
+def _several(draw: Draw, index: Tensor, num_draws: int) -> Tensor:
+    """So many log-weights of some rows, however many there are in a run."""
+    first = draw(index)
+    others = [draw(index) for _ in range(math.ceil(num_draws / len(first)) - 1)]
+    return torch.cat([first, *others])[:num_draws]
 
 
 def _plan(
