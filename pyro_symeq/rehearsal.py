@@ -35,10 +35,12 @@ from pyro_symeq.binding import (
     leaves,
     put,
 )
+from pyro_symeq.distributions import Implicit
+from pyro_symeq.informing import independent_parts
 from pyro_symeq.passes import Observation, Run
 from pyro_symeq.pattern import Pattern, Place
 from pyro_symeq.provenance import follow, name_of, take
-from pyro_symeq.tracing import UNOBSERVED, Record, Site, tensors
+from pyro_symeq.tracing import UNOBSERVED, Record, Site, base, tensors
 
 Keep = Callable[[Iterable[Tensor]], None]
 Bind = Mapping[str, str] | Callable[[Trace, tuple[Any, ...], dict[str, Any]], Call]
@@ -149,6 +151,8 @@ class _Rehearsal:
         pattern.check_dreamed(self.dream.trace, trace)
         self.refuse_implicit(trace)
         self.refuse_other_rows(trace)
+        if pattern.bind is None:
+            self.refuse_reading_data(dreamed)
         if not (reads.any(data.values()) or self.depends_on_data(pattern, trace)):
             raise ValueError(IGNORES_DATA.format(arguments=list(data)))
         for name, source in sources.items():
@@ -361,6 +365,24 @@ class _Rehearsal:
                     "Tell with bind= how a dream becomes arguments."
                 )
 
+    def refuse_reading_data(self, call: Call) -> None:
+        """Checks that the laws of the model are the same at the dream as at the data."""
+        at_data = self.laws(self.call)
+        differing = _other_laws(at_data, self.laws(call), self.dream.trace)
+        if differing and not _other_laws(at_data, self.laws(self.call), self.dream.trace):
+            raise ValueError(
+                f"The model's law of {differing} depends on the data in its arguments, so a dream "
+                "would be drawn from real data in part. Let the model go by what it draws, "
+                'x = pyro.sample("x", ..., obs=x), and read the data of its arguments by obs= alone.'
+            )
+
+    def laws(self, call: Call) -> dict[str, Any]:
+        """The laws of the model's sites at the values of the dream."""
+        given = passes.fix(passes.values(self.dream.trace), lambda name, law, value: value)
+        with randomness.kept():
+            trace = passes.sample(self.model, call, given)
+        return {name: independent_parts(site["fn"])[0] for name, site in trace.variables.items()}
+
     def agree(self, name: str, seen: Tensor, dreamed: Tensor) -> bool:
         """Whether two values of a site are alike where they count."""
         counting = passes.counting(self.sites[name])
@@ -456,6 +478,17 @@ def _has_parameters(site: Site) -> bool:
 
 def _same_law(a: Any, b: Any, value: Tensor) -> bool:
     return bool(a.batch_shape == b.batch_shape and equal(a.log_prob(value), b.log_prob(value)))
+
+
+def _other_laws(a: Mapping[str, Any], b: Mapping[str, Any], dream: Record) -> list[str]:
+    """The sites of two runs whose laws are others at the values of a dream."""
+    return [
+        name
+        for name, law in a.items()
+        if name in b
+        and not isinstance(base(law), Implicit)
+        and not _same_law(law, b[name], passes.value(dream, name))
+    ]
 
 
 def _depends_on_parameters(site: Site) -> bool:

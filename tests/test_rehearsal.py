@@ -1,5 +1,6 @@
 """Pairs and batches that can't be learned from are refused, and nothing has moved."""
 
+import itertools
 import warnings
 
 import pyro
@@ -14,6 +15,9 @@ from torch import nn
 from pyro_symeq import Implicit, SymmetricEquilibrium, SymmetricUtility
 
 X = torch.tensor([[0.5, -1.0], [2.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+
+
+COUNTED = (torch.tensor([float(i)]) for i in itertools.count())
 
 
 class Pair:
@@ -83,6 +87,57 @@ def test_the_sound_pair_is_accepted():
     before = {name: value.clone() for name, value in pair.state_dict().items()}
     SymmetricEquilibrium(pair.model, pair.guide, Adam({"lr": 0.1})).step(X)
     assert not any(torch.equal(value, before[name]) for name, value in pair.state_dict().items())
+
+
+def previous(x):
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], -1)
+
+
+def test_model_that_goes_by_the_data_and_not_by_what_it_draws():
+    class Forced(Pair):
+        def model(self, x):
+            pyro.module("decoder", self.decoder)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", self.prior)
+                loc = self.decoder(z) + previous(x)
+                pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    refuse(Forced(), r"The model's law of \['x'\] depends on the data in its arguments")
+
+
+def test_model_that_goes_by_a_label_and_not_by_what_it_draws():
+    class Forced(Pair):
+        is_forced = True
+
+        def model(self, x, y):
+            pyro.module("decoder", self.decoder)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", self.prior)
+                drawn = pyro.sample("y", dist.Bernoulli(0.5 * torch.ones(len(x))), obs=y)
+                loc = self.decoder(z) + (y if self.is_forced else drawn)[:, None]
+                pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+        def guide(self, x, y):
+            pyro.module("encoder", self.encoder)
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Bernoulli(logits=x.sum(-1)))
+                pyro.sample("z", dist.Normal(self.encoder(x), 1.0).to_event(1))
+
+    pair, y = Forced(), torch.tensor([1.0, 0.0, 1.0]).double()
+    optim = Adam({"lr": 0.1})
+    with pytest.raises(ValueError, match=r"The model's law of \['x'\] depends on the data"):
+        SymmetricEquilibrium(pair.model, pair.guide, optim).step(X, y)
+    pair.is_forced = False
+    SymmetricEquilibrium(pair.model, pair.guide, optim).step(X, y)
+
+
+@pytest.mark.parametrize("noise", [torch.rand, lambda n: next(COUNTED).expand(n)])
+def test_models_with_noise_of_their_own_are_accepted(noise):
+    class Noisy(Pair):
+        def likelihood(self, z):
+            return dist.Normal(self.decoder(z) + noise(1), 1.0).to_event(1)
+
+    SymmetricEquilibrium(Noisy().model, Noisy().guide, Adam({"lr": 0.1})).step(X)
 
 
 def test_auto_guide():
