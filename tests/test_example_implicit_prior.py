@@ -42,7 +42,9 @@ def test_a_smoke_run_leaves_its_figures_and_goes_on(tmp_path, data, what, settin
 def test_the_game_finds_ways_and_moves_towards_the_true_camera(tmp_path):
     result = run_example("implicit_prior.py", "--steps", "600", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    figures = json.loads((tmp_path / "implicit-walk-laptop-0-steps-600.json").read_text())["figures"]
+    figures = json.loads((tmp_path / "implicit-walk-laptop-0-steps-600.json").read_text())[
+        "figures"
+    ]
     errors = {k: m["root-mean-square error"] for k, m in figures["held out"].items()}
     assert errors["the game"] < errors["nothing"] / 2
     background = figures["instrument"]["background"]
