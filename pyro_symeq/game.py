@@ -635,12 +635,12 @@ class Game:
     def _set_loaded(self, call: Call, needed: Collection[str]) -> None:
         """Sets the loaded parameters that the programs touch in such a call, before its play."""
         strategies = self._strategies.values()
-        if not any(strategy.pending["parameters"] for strategy in strategies):
+        if not any(strategy.is_waiting for strategy in strategies):
             return
         kind = tuple(layout(batch.call) for batch in batches(call))
         found, is_first = kind not in self._looked, not self._looked
         scores: Mapping[str, Score] = {}
-        while found and any(strategy.pending["parameters"] for strategy in strategies):
+        while found and any(strategy.is_waiting for strategy in strategies):
             scores = self._tried(self._stage.score, call, needed)
             for name, score in scores.items():
                 self._strategies[name].check_waiting(score.parameters)

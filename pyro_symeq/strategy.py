@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
@@ -79,7 +80,8 @@ class Strategy:
                 stacklevel=stacklevel(),
             )
         for name in waiting:
-            self._set(name, self.pending["parameters"].pop(name), self.pending["optim"])
+            self._set(name, self.pending["parameters"].pop(name))
+        self._resume(parameters)
         return bool(waiting)
 
     def move(
@@ -175,6 +177,11 @@ class Strategy:
         }
         return copy.deepcopy({key: state[key] | self.pending[key] for key in state})
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether anything that was loaded waits for a program to name its parameter."""
+        return any(self.pending.values())
+
     def check(self, state: State) -> None:
         """Compares the parameters with those of a state.
 
@@ -230,19 +237,32 @@ class Strategy:
         self.resumed = True
         self.pending = copy.deepcopy({key: dict(state[key]) for key in self.pending})
         for name in self.parameters:
-            self._set(name, self.pending["parameters"].pop(name), self.pending["optim"])
+            self._set(name, self.pending["parameters"].pop(name))
+        self._resume(self.parameters)
 
-    def _set(self, name: str, value: Tensor, optimizers: State) -> None:
+    def _set(self, name: str, value: Tensor) -> None:
         leaf = self.parameters[name]
         self.remember([leaf])
         with torch.no_grad():
             leaf.copy_(value)
         self.optim.optim_objs.pop(leaf, None)
-        if name in optimizers:
+
+    def _resume(self, parameters: Mapping[str, Tensor]) -> None:
+        """Sets the optimisers that are loaded for parameters, where they can be created by now."""
+        for name in [name for name in parameters if name in self.pending["optim"]]:
+            leaf = self.parameters[name]
+            if not self._can_create(leaf):
+                continue
+            self.remember([leaf])
             leaf.grad = None
             self.optim([leaf])  # without a gradient, only creates the optimiser
-            kept = copy.deepcopy(optimizers.pop(name))  # as moves change it in place
+            kept = copy.deepcopy(self.pending["optim"].pop(name))  # as moves change it in place
             _load_optimizer_state(self.optim.optim_objs[leaf], kept)
+
+    def _can_create(self, leaf: Tensor) -> bool:
+        """Whether a parameter has its name in the store, if the optimiser's settings go by names."""
+        settings = self.optim.pt_optim_args, self.optim.pt_clip_args
+        return not any(map(callable, settings)) or bool(pyro.get_param_store().param_name(leaf))
 
 
 def _optimizer_state(optimizer: Any) -> State:

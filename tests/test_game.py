@@ -463,6 +463,35 @@ def test_resumed_training_goes_on_bit_for_bit(optim, frozen, device):
     assert identical(go_on(resumed), expected)
 
 
+@pytest.mark.parametrize("clip", [{}, lambda module, name: {"clip_norm": 0.1}])
+@pytest.mark.parametrize("batch", [(), (X,)])
+def test_claims_resume_with_settings_that_go_by_name(clip, batch):
+    """A fresh parameter store has no names yet, and names are what the optimiser asks for."""
+
+    def game(net):
+        def program(x):
+            pyro.module("net", net)
+            with pyro.plate("rows", len(x)):
+                pyro.sample("x", dist.Normal(net(torch.ones_like(x)), 1.0).to_event(1), obs=x)
+
+        adam = Adam(lambda name: {"lr": 0.1 if name.endswith("bias") else 0.01}, clip)
+        return Game([Player("a", program, adam, fit("a"), parameters=net)])
+
+    net, other = nn.Linear(2, 2).double(), nn.Linear(2, 2).double()
+    first = game(net)
+    first.step(X)
+    state = through_a_file(first.state_dict())
+    first.step(X)
+    pyro.clear_param_store()
+    resumed = game(other)
+    resumed.load_state_dict(state, *batch)
+    again = resumed.state_dict()["players"]["a"]
+    assert again["optim"].keys() == {"weight", "bias"}
+    assert bool(resumed.players[0].optim.optim_objs) == bool(batch)
+    resumed.step(X)
+    assert identical(other.parameters(), clone(net.parameters()))
+
+
 def test_evaluation_uses_loaded_values_of_frozen_players():
     training = Training("adam")
     training.run(2)
