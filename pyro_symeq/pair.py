@@ -213,7 +213,8 @@ class Pair:
         dreamed = pattern.hand_over(dream, call)
         trace = passes.replay(self.guide, dreamed, passes.values(dream.trace))
         pattern.check_dreamed(dream.trace, trace)
-        scored = [Scored(trace, passes.scored(trace, dream.trace), _unobserved(pattern, dream))]
+        names = [n for n in passes.scored(trace, dream.trace) if n not in pattern.real]
+        scored = [Scored(trace, names, _unobserved(pattern, dream))]
         if pattern.is_supervised and self.supervise_encoder and not pattern.lacks_data:
             at_data = passes.fill_in(self.guide, call, given, plates)
             scored.append(Scored(at_data, *_given_sites(at_data, given)))

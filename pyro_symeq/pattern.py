@@ -75,6 +75,7 @@ class Pattern:
         is_subsampled: Whether plates leave out rows.
         is_supervised: Whether the guide can be scored at the data: at observed latents, or at what
             it observes itself.
+        real: The sites at which the guide itself observes what stays real in dreams.
         places: The arguments that hold the values of sites. Observed latents may lack one.
         names: Writes paths as a user does.
         bind: The user's own way to hand a dream to the guide.
@@ -90,6 +91,7 @@ class Pattern:
     places: Mapping[str, Place]
     names: Names = field(repr=False)
     bind: Callable[..., Call] | None = None
+    real: frozenset[str] = frozenset()
 
     @property
     def lacks_data(self) -> bool:
@@ -137,6 +139,7 @@ class Pattern:
             missing=self.missing - seen | other.missing,
             is_subsampled=self.is_subsampled or other.is_subsampled,
             is_supervised=self.is_supervised or other.is_supervised,
+            real=self.real | other.real,
             places={**self.places, **other.places},
         )
 

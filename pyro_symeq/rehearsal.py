@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -160,7 +161,8 @@ class _Rehearsal:
                 raise ValueError(self.cannot_tell(name, []))
         self.warn_of_priors(pattern, trace, followed)
         is_supervised = bool(pattern.latents or passes.observations(trace))
-        return replace(pattern, is_supervised=is_supervised)
+        real = self.real(trace, dreamed, followed)
+        return replace(pattern, is_supervised=is_supervised, real=real)
 
     def guide_at(self, dream: Run, call: Call) -> Record:
         """Runs the guide on a dream."""
@@ -423,6 +425,31 @@ class _Rehearsal:
         again = self.guide_at(self.dream, pattern.hand_over(other, self.call))
         scored = passes.scored(trace, self.dream.trace)
         return passes.log_probs(trace, scored) != passes.log_probs(again, scored)
+
+    def real(self, trace: Record, dreamed: Call, followed: follow) -> frozenset[str]:
+        """The guide's own observations that have nothing to do with the dream.
+
+        They come from arguments that no dream took the place of, and that the model doesn't read.
+        """
+        sources = {
+            name: [
+                get(dreamed, path[1:]) if path[0] == 0 else None
+                for path in followed.origin(site["value"]).paths
+            ]
+            for name, site in trace.variables.items()
+            if site["is_observed"] and name not in self.sites
+        }
+        at_data = {id(leaf) for _, leaf in leaves(self.call)}
+        sources = {
+            name: found
+            for name, found in sources.items()
+            if found and all(id(leaf) in at_data for leaf in found)
+        }
+        if not sources:
+            return frozenset()
+        with _Reads(chain.from_iterable(sources.values())) as reads:
+            passes.dream(self.model, self.call, self.dream.trace)
+        return frozenset(name for name, found in sources.items() if not reads.any(found))
 
     def warn_of_priors(self, pattern: Pattern, trace: Record, followed: follow) -> None:
         """Warns of sites that the guide draws from laws of their own, whatever the data are."""
