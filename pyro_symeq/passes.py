@@ -110,7 +110,8 @@ class complete:  # noqa: N801
         if msg["value"] is None:
             name = msg["name"]
             value = self.values.get(name, self.values.get(name.removesuffix(UNOBSERVED)))
-            msg["value"] = _draw(msg) if value is None else value
+            # Detached, a value is another tensor, for which transforms have cached no inverse.
+            msg["value"] = _draw(msg) if value is None else value.detach()
             msg["done"] = True
 
 
