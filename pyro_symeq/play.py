@@ -332,11 +332,17 @@ class Score:
         return Ascent(utility, self.parameters, gradients)
 
     def gradients(self, parameters: Iterable[Tensor]) -> list[Tensor | None]:
-        """The gradient of the negative utility in some of the player's parameters."""
+        """The gradient of the negative utility in some of the player's parameters.
+
+        There is none in those that ``requires_grad_(False)`` has put to rest.
+        """
         leaves = list(parameters)
-        if not (leaves and self.utility.requires_grad):
+        moving = [leaf for leaf in leaves if leaf.requires_grad]
+        if not (moving and self.utility.requires_grad):
             return [None] * len(leaves)
-        return list(torch.autograd.grad(-self.utility, leaves, allow_unused=True))
+        gradients = torch.autograd.grad(-self.utility, moving, allow_unused=True)
+        found = dict(zip(moving, gradients, strict=True))
+        return [found.get(leaf) for leaf in leaves]
 
 
 def ascent(score: Callable[[Call], Score], call: Call) -> Ascent:

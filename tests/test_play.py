@@ -1,13 +1,17 @@
 """The two verbs of a play, and what a gradient of a utility reaches."""
 
+from copy import deepcopy
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions.transforms import affine_coupling
+from pyro.optim import SGD, Adam
 from torch import nn
 
-from pyro_symeq import Implicit, SymmetricUtility
+from pyro_symeq import Implicit, SymmetricEquilibrium, SymmetricUtility
 from pyro_symeq.play import Play, Stage
 from tests.enumerable import Ladder, gradients, utilities
 from tests.montecarlo import assert_mean
@@ -499,3 +503,101 @@ def test_no_gradient_passes_through_nested_arguments():
 def test_given_is_a_dict_of_tensors(given):
     with pytest.raises(TypeError, match="in given=|Expected given= to be a dict"):
         play(p=plain).log_prob("p", ONES, given=given)
+
+
+def moved_flow(shares):
+    """How an affine coupling moves, which the decoder has and the guide has too, or a copy of it."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    flow, decoder, encoder = affine_coupling(2, [8]), nn.Linear(2, 3), nn.Linear(3, 2)
+    of_guide = flow if shares else deepcopy(flow)
+
+    def law(loc, transform):
+        return dist.TransformedDistribution(dist.Normal(loc, 1.0).to_event(1), [transform])
+
+    def model(x):
+        pyro.module("flow", flow)
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", law(torch.zeros(2), flow))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        pyro.module("flow" if shares else "copy", of_guide)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", law(encoder(x), of_guide))
+
+    before = [parameter.clone() for parameter in flow.parameters()]
+    SymmetricEquilibrium(model, guide, SGD({"lr": 1e-3})).step(torch.randn(5, 3))
+    return [(a - b).detach() for a, b in zip(flow.parameters(), before, strict=True)]
+
+
+def test_a_flow_that_both_programs_share_learns():
+    shared, apart = moved_flow(shares=True), moved_flow(shares=False)
+    assert all(move.abs().max() > 0 for move in shared)
+    assert all(torch.allclose(a, b) for a, b in zip(shared, apart, strict=True))
+
+
+def moved_classifier(reads_label, **options):
+    """How the classifier moves of a guide that observes a label itself."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    decoder, encoder, classifier = nn.Linear(2, 3), nn.Linear(3, 2), nn.Linear(3, 1)
+    x, y = torch.randn(6, 3), torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+
+    def model(x, y):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = decoder(z) + (y[:, None] if reads_label else 0.0)
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    def guide(x, y):
+        pyro.module("encoder", encoder)
+        pyro.module("classifier", classifier)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
+            pyro.sample("label", dist.Bernoulli(logits=classifier(x)[:, 0]), obs=y)
+
+    at_data = dist.Bernoulli(logits=classifier(x)[:, 0]).log_prob(y).sum()
+    expected = torch.autograd.grad(at_data, classifier.weight)[0]
+    before = classifier.weight.detach().clone()
+    SymmetricEquilibrium(model, guide, SGD({"lr": 1.0}), code_warmup=0, **options).step(x, y)
+    return classifier.weight.detach() - before, expected
+
+
+def test_a_label_that_stays_real_is_not_learned_from_dreams():
+    moved, expected = moved_classifier(reads_label=False)
+    assert torch.allclose(moved, expected, atol=1e-5)
+    moved, _ = moved_classifier(reads_label=False, supervise_encoder=False)
+    assert not moved.any()
+
+
+def test_a_label_that_dreams_go_by_is_learned_from_dreams():
+    moved, _ = moved_classifier(reads_label=True, supervise_encoder=False)
+    assert moved.any()
+
+
+def test_a_network_may_come_to_rest_between_two_steps():
+    encoder = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    decoder = nn.Linear(2, 3)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
+
+    x, parts = torch.randn(5, 3), {"encoder": encoder}
+    symeq = SymmetricEquilibrium(model, guide, Adam({"lr": 0.1}), parameters=parts)
+    symeq.step(x)
+    encoder[0].requires_grad_(False)
+    first, last = (layer.weight.detach().clone() for layer in encoder)
+    symeq.step(x)
+    assert torch.equal(encoder[0].weight, first)
+    assert not torch.equal(encoder[1].weight, last)
