@@ -431,19 +431,19 @@ class _Rehearsal:
 
         They come from arguments that no dream took the place of, and that the model doesn't read.
         """
-        sources = {
-            name: [
-                get(dreamed, path[1:]) if path[0] == 0 else None
-                for path in followed.origin(site["value"]).paths
-            ]
+
+        def stays(path: Path) -> bool:
+            return path[0] == 0 and get(dreamed, path[1:]) is get(self.call, path[1:])
+
+        origins = {
+            name: followed.origin(site["value"]).paths
             for name, site in trace.variables.items()
             if site["is_observed"] and name not in self.sites
         }
-        at_data = {id(leaf) for _, leaf in leaves(self.call)}
         sources = {
-            name: found
-            for name, found in sources.items()
-            if found and all(id(leaf) in at_data for leaf in found)
+            name: [get(dreamed, path[1:]) for path in paths]
+            for name, paths in origins.items()
+            if paths and all(map(stays, paths))
         }
         if not sources:
             return frozenset()
