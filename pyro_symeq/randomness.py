@@ -39,10 +39,15 @@ def get_state() -> State:
 
 
 def set_state(state: State) -> None:
-    """Sets the generators to a state from :func:`get_state`; devices that it lacks keep theirs."""
+    """Sets the generators to a state from :func:`get_state`.
+
+    Devices that it lacks keep theirs, and what it holds of devices that aren't there is ignored.
+    """
     torch.set_rng_state(state["torch"].cpu())
-    if state["accelerator"]:
-        _accelerator().set_rng_state_all([s.cpu() for s in state["accelerator"]])
+    module = _accelerator()
+    if state["accelerator"] and hasattr(module, "set_rng_state_all"):
+        there = state["accelerator"][: module.device_count()]
+        module.set_rng_state_all([s.cpu() for s in there])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.cpu().numpy().astype("uint32"), *rest))
     version, internal, gauss = state["random"]

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import time
 import zipfile
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -15,7 +16,7 @@ import torch
 from pyro.optim import SGD, Adam
 from torch import nn
 
-from pyro_symeq import Game, Player, SymmetricEquilibrium, checkpoint
+from pyro_symeq import Game, Player, SymmetricEquilibrium, checkpoint, randomness
 from tests.comparison import same
 from tests.processes import little_space
 
@@ -83,6 +84,34 @@ def test_training_goes_on_from_a_file_bit_for_bit(path):
     again.symeq.load(path)
     assert again.symeq.num_steps == 3
     assert same(again.run(4).values(), expected)
+
+
+@pytest.mark.parametrize("num_devices", [None, 0, 1, 2, 3])
+def test_a_state_is_loaded_where_there_are_other_devices(monkeypatch, num_devices):
+    pair = Pair().run(1)
+    state = pair.symeq.state_dict()
+    states = [torch.tensor([i], dtype=torch.uint8) for i in range(2)]
+    state["random"]["accelerator"] = states
+    devices = dict.fromkeys(range(num_devices or 0))
+
+    def set_rng_state_all(new):
+        for i, value in enumerate(new):
+            assert i in devices
+            devices[i] = value
+
+    module = SimpleNamespace(
+        is_initialized=lambda: False,
+        get_rng_state_all=lambda: [],
+        set_rng_state_all=set_rng_state_all,
+        device_count=lambda: num_devices,
+    )
+    monkeypatch.setattr(
+        randomness, "_accelerator", lambda: torch.cpu if num_devices is None else module
+    )
+    expected = torch.rand(3)
+    pair.symeq.load_state_dict(state)
+    assert torch.equal(torch.rand(3), expected)
+    assert devices == dict(zip(devices, [*states, None], strict=False))
 
 
 def test_a_file_is_written_as_others_are(path):
