@@ -86,6 +86,7 @@ class Mailbox:
                     greeting = None if other in there else self.greeting(other)
                     if greeting is not None:
                         check(other, greeting)
+                        self._links[other].look()  # so that messages are made in their order
                         there.add(other)
                 if len(there) == len(self.others) or waited >= timeout:
                     break
@@ -113,7 +114,7 @@ class Mailbox:
             timeout: How long to wait for all of them (seconds).
 
         Returns:
-            The greetings and messages of those who answered, by name.
+            The greetings and messages of those who answered, by name, in the order of ``others``.
 
         Raises:
             ConnectionError: The store can't be reached.
@@ -133,7 +134,7 @@ class Mailbox:
                         links.remove(link)
                 if not links or waited >= timeout:
                     break
-        return received
+        return {other: received[other] for other in self.others if other in received}
 
     def has_left(self, other: str) -> bool:
         """Whether another told that it wouldn't send any more messages."""
@@ -186,7 +187,7 @@ class Link:
 
     def is_called(self) -> bool:
         """Whether a message of the other waits, or another process has taken its name."""
-        return self._has_mail() or self._look()
+        return self._has_mail() or self.look()
 
     def swap(self, message: Message) -> tuple[Greeting, bytes] | None:
         """Sends a message, unless that was done; returns the other's, if it is there by now."""
@@ -194,10 +195,10 @@ class Link:
             self._send(message(self.other, self._greeting))
         if self._greeting is not None and self._has_mail():
             return self._greeting, self._take()
-        self._look()
+        self.look()
         return None
 
-    def _look(self) -> bool:
+    def look(self) -> bool:
         """Reads the greeting of the other; returns whether another process is there."""
         greeting = self.mailbox.greeting(self.other)
         if greeting == self._greeting or (greeting is None and self._has_mail()):

@@ -126,6 +126,28 @@ def test_meeting():
     assert a.meet(lambda *of: seen.append(of), 0.0) == set()
 
 
+@pytest.mark.parametrize("order", ["abc", "bac", "cab", "cba"])
+def test_messages_are_made_in_one_order_whoever_greeted_first(order):
+    store = HashStore()
+    boxes = {name: Mailbox(name, "abc".replace(name, ""), store) for name in "abc"}
+    for name in order:
+        boxes[name].open({})
+    made = []
+    assert boxes["a"].meet(lambda *_: None, 0.0) == {"b", "c"}
+    boxes["a"].exchange(lambda other, _: made.append(other) or b"", "bc", 0.0)
+    assert made == ["b", "c"]
+
+
+def test_messages_are_returned_in_one_order_whoever_answered_first(monkeypatch):
+    a, b, c = met(HashStore(), "abc")
+    a.meet(lambda *_: None, 0.0)
+    c.exchange(lambda *_: b"c", "a", 0.0)
+    monkeypatch.setattr(
+        "pyro_symeq.mailbox.time.sleep", lambda _: b.exchange(lambda *_: b"b", "a", 0.0)
+    )
+    assert list(a.exchange(lambda *_: b"a", "bc", 10.0)) == ["b", "c"]
+
+
 @pytest.mark.parametrize("text", ["hello", "[1]", "{}", '{"id": 3}', b"\x80\x04K\x01."])
 def test_a_foreign_greeting_is_refused(text):
     store = HashStore()
