@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -65,8 +66,9 @@ def _information(laws: Sequence[Any], rows: Rows) -> Tensor | None:
     elements = [part for part, _ in parts]
     dim = rows.dim - num_dims
     if elements[0].has_enumerate_support:
-        q = torch.stack([_probabilities(part) for part in elements]).mean(0)
-        return (_entropy(q.mean(dim, keepdim=True)) - _entropy(q)).mean(dim).clamp(min=0)
+        with suppress(NotImplementedError):  # Binomial, with other total counts in other rows
+            q = torch.stack([_probabilities(part) for part in elements]).mean(0)
+            return (_entropy(q.mean(dim, keepdim=True)) - _entropy(q)).mean(dim).clamp(min=0)
     try:
         means = torch.stack([part.mean for part in elements])
         variances = torch.stack([part.variance for part in elements])

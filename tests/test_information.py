@@ -67,6 +67,14 @@ def test_a_count():
     assert found.item() == pytest.approx(entropy(mean) - sum(map(entropy, laws)) / 4)
 
 
+def test_a_count_out_of_another_number_in_each_row():
+    counts = torch.tensor([1.0, 3.0, 4.0, 2.0]).double()
+    law = dist.Binomial(counts, PROBS[:, 0])  # its values can't be enumerated: by its moments
+    found = information(guide_of(lambda x: law), PROBS)["z"]
+    total = law.mean.var(unbiased=False) + law.variance.mean()
+    assert found.item() == pytest.approx((total.log2() - law.variance.log2().mean()).item() / 2)
+
+
 def test_a_normal_variable():
     """Normal data and a linear guide: one half of the logarithm of one plus signal to noise."""
     x = torch.randn(20_000)
