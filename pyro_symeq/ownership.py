@@ -29,6 +29,7 @@ class Owners:
         self._owner = {leaf: name for name, own in claims.items() for leaf in own.values()}
         self._claimed = frozenset(self._owner)
         self.num_changes = 0  # of owners
+        self._named: set[Tensor] = set()  # when graphs were searched
         self._uses_unnamed: dict[tuple[str, ...], bool] = {}
 
     def touch(self, player: str, leaves: Iterable[Tensor]) -> None:
@@ -63,21 +64,37 @@ class Owners:
     ) -> list[Tensor]:
         """Finds a player's leaves behind a utility that no parameter statement names.
 
-        The graph is searched once for each set of sites, and always where there are such leaves.
+        The graph is searched once for each set of sites, again where statements name others than
+        before, and always where there are such leaves.
 
         Args:
             player: The player.
             utility: A utility with its graph.
             named: The parameters that statements name.
             sites: What the programs scored, to tell the graphs of utilities apart.
+
+        Raises:
+            ValueError: Statements have named some of them before, and name others now.
         """
-        scored = (player, *sites)
-        if not utility.requires_grad or not self._uses_unnamed.get(scored, True):
+        if not utility.requires_grad:
             return []
+        scored = (player, *sites)
         known = self._claimed.union(*(parameters.values() for parameters in named))
+        has_new = not known <= self._named
+        if not has_new and not self._uses_unnamed.get(scored, True):
+            return []
         leaves = [leaf for leaf in _graph_leaves(utility) if leaf not in known]
         self.touch(player, leaves)
         unnamed = [leaf for leaf in leaves if self._owner.get(leaf) == player]
+        displaced = [tuple(leaf.shape) for leaf in unnamed if leaf in self._named]
+        if has_new and displaced:
+            raise ValueError(
+                f"The {player}'s parameters with shapes {displaced} have lost their names: its "
+                "program uses them, and other parameters of that name are in the way. Call "
+                "pyro.clear_param_store() before this training goes on, or give the networks of "
+                "several trainings names of their own."
+            )
+        self._named |= known
         self._uses_unnamed[scored] = bool(unnamed)
         return unnamed
 

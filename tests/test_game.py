@@ -509,6 +509,24 @@ def test_players_frozen_from_the_start_are_in_the_state():
     assert state["players"]["b"]["parameters"].keys() >= {"b$$$weight", "b$$$bias", "scale b"}
 
 
+def test_another_training_whose_parameters_have_the_same_names_is_noticed():
+    first = Training("adam")
+    first.run(2)
+    state = first.game.state_dict()
+    other = Training("adam")  # clears the parameter store
+    other.run(2)
+    weights = [p for x in (first, other) for net in x.nets.values() for p in net.parameters()]
+    before = clone(weights)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="other parameters of that name are in the way"):
+            first.game.step(X)
+        assert same(first.game.state_dict()["players"], state["players"])
+        assert identical(weights, before)
+    pyro.clear_param_store()
+    first.game.step(X)
+    assert not identical(weights, before)
+
+
 def test_going_back_within_a_training():
     training = Training("adam")
     training.run(2)
