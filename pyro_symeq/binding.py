@@ -66,14 +66,20 @@ def get(tree: Any, path: Path) -> Any:
 
 
 def layout(tree: Any) -> tuple[tuple[Path, Any], ...]:
-    """Tells calls apart by containers, types, switches and what is ``None``."""
-    return tuple((path, _kind(leaf)) for path, leaf in leaves(tree))
+    """Tells calls apart by containers, types, switches and what is ``None``.
+
+    A string is a switch (``mode="train"``) unless an argument holds it in a tuple or list: there,
+    strings are data that differ from batch to batch, such as the names of files.
+    """
+    return tuple((path, _kind(path, leaf)) for path, leaf in leaves(tree))
 
 
-def _kind(leaf: Any) -> Any:
+def _kind(path: Path, leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.dtype
-    return leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf)
+    is_listed = any(isinstance(key, int) for key in path[2:])  # within an argument
+    is_switch = isinstance(leaf, bool) or (isinstance(leaf, str) and not is_listed)
+    return leaf if leaf is None or is_switch else type(leaf)
 
 
 def module_of(program: Any) -> nn.Module | None:

@@ -318,6 +318,37 @@ def test_another_kind_of_batch_is_bound_anew():
         assert (dream_a is a, dream_b is b) == (swap, not swap)
 
 
+def test_a_string_may_be_the_switch():
+    pair = Watched(lambda a, b, *, first, batch: a if (first, batch["first"]) == ("a", "a") else b)
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, SGD({"lr": 0.0}))
+    a, b = images(), images()
+    for first, second in ("aa", "ba", "ab", "aa"):
+        symeq.step(a, b, first=first, batch={"first": second})
+        (dream_a, dream_b), _ = pair.seen[-1]
+        is_a = (first, second) == ("a", "a")
+        assert (dream_a is a, dream_b is b) == (not is_a, is_a)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [lambda x, names: (x, names), lambda x, names: {"x": x, "names": names}],
+    ids=["pair", "dict"],
+)
+def test_names_of_files_make_no_other_kind_of_batch(batch):
+    pair = Watched(lambda batch: batch["x"] if isinstance(batch, dict) else batch[0])
+    runs = []
+
+    def model(batch):
+        runs.append(batch)
+        pair.model(batch)
+
+    symeq = SymmetricEquilibrium(model, pair.guide, SGD({"lr": 0.1}))
+    symeq.step(batch(images(), [f"{i}.png" for i in range(B)]))
+    runs.clear()
+    symeq.step(batch(images(), [f"{B + i}.png" for i in range(B)]))
+    assert len(runs) == 2
+
+
 @pytest.mark.parametrize("validate", [True, False])
 @pytest.mark.parametrize("memory", ["of its own", "rows of one", "columns of one"])
 def test_a_silent_change_of_the_observed_argument_is_noticed(memory, validate):
