@@ -145,17 +145,13 @@ class Chain(ABC):
         Raises:
             ValueError: The programs can't run on copies, or nothing is left to draw.
         """
-        known = clamps(self.variables, self.batch, given, mask)
-        if copies > 1:
-            self.copy(copies)
-        for name, seen in known.items():
-            of = self.variables[name]
-            where = None if seen.mask is None else of.copied(seen.mask, copies)
-            self.known[name] = Observation(of.copied(seen.value, copies), where)
+        self.known = clamps(self.variables, self.batch, given, mask)
         if not self.free:
             raise ValueError(
                 "There is nothing left to draw: given= and mask= fix every site. Leave some out."
             )
+        if copies > 1:
+            self.copy(copies)
 
     def copy(self, copies: int) -> None:
         """Lets the programs see copies of the rows, and checks that each copy is as if alone.
@@ -172,6 +168,7 @@ class Chain(ABC):
         is_repeatable = all(alike(alone[0][key], again[key]) for key in again)
         self.copies = copies
         self.batch = {n: self.variables[n].copied(v, copies) for n, v in self.batch.items()}
+        self.known = {n: self._copied(n, seen) for n, seen in self.known.items()}
         in_turn = (states * copies)[:copies]
         mixed = {n: of.joined([x[n] for x in in_turn]) for n, of in self.variables.items()}
         errors = []
@@ -191,14 +188,24 @@ class Chain(ABC):
             errors.append(f"the law of site '{name}' in a row depends on the other copies")
         raise self.uncopied(copies, errors[0])
 
+    def _copied(self, name: str, known: Observation) -> Observation:
+        """Copies the rows of what is known of a variable."""
+        of = self.variables[name]
+        mask = None if known.mask is None else of.copied(known.mask, self.copies)
+        return Observation(of.copied(known.value, self.copies), mask)
+
     def log_probs(self, state: State) -> dict[tuple[int, str], Tensor]:
-        """The log-probabilities (nats) at a state, by program and site, in batch shape."""
-        return {
-            (i, name): site["fn"].log_prob(state[name])
-            for i, trace in enumerate(self.traces(state))
-            for name, site in trace.variables.items()
-            if name in self.variables and not passes.is_implicit(site)
-        }
+        """The log-probabilities (nats) at a state, by program and site, in batch shape.
+
+        Nothing is validated, as known values may lie outside of a support that others draw.
+        """
+        with pyro.validation_enabled(False):
+            return {
+                (i, name): site["fn"].log_prob(state[name])
+                for i, trace in enumerate(self.traces(state))
+                for name, site in trace.variables.items()
+                if name in self.variables and not passes.is_implicit(site)
+            }
 
     def _is_alike(
         self, found: Tensor, alone: list[dict[tuple[int, str], Tensor]], key: tuple[int, str]

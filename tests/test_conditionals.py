@@ -174,6 +174,23 @@ def test_the_chains_need_a_start():
     limiting.sample(1, num_steps=2, given={"s": torch.zeros(2)})
 
 
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_chains_start_from_what_is_given(num_samples):
+    def p_s(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("s", dist.Bernoulli(logits=4 * x - 2))
+
+    def p_x(s):
+        with pyro.plate("rows", len(s)):
+            pyro.sample("x", dist.Normal(100 * s, 0.5))
+
+    limiting = LimitingDistribution(Conditionals({"s": p_s, "x": p_x}))
+    s = torch.tensor([1.0, 0.0])
+    draws = limiting.sample(num_samples, num_steps=3, given={"s": s})
+    assert torch.equal(draws["s"], s.expand(num_samples, 2))
+    assert torch.equal((draws["x"] > 50).double(), draws["s"])
+
+
 def test_the_batch_holds_variables():
     limiting = LimitingDistribution(Conditionals({"s": lambda: draws("s"), "x": p_x}))
     with pytest.raises(ValueError, match=r"The batch names \['t'\]; the variables are \['s', 'x'"):

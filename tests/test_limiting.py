@@ -904,7 +904,8 @@ def test_time_hardly_grows_with_the_chains():
     assert many < one * 2_000 / 50
 
 
-def test_a_support_that_depends_on_draws_is_no_reason_to_refuse():
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_a_support_that_depends_on_draws_is_no_reason_to_refuse(num_samples):
     def model(x):
         with pyro.plate("rows", len(x)):
             z = pyro.sample("z", dist.Uniform(0.0, 10.0))
@@ -917,7 +918,10 @@ def test_a_support_that_depends_on_draws_is_no_reason_to_refuse():
     for seed in range(8):
         pyro.set_rng_seed(seed)
         completion = LimitingDistribution(model, guide).complete(
-            torch.tensor([5.0]), mask={"x": torch.tensor(True)}, num_steps=4
+            torch.tensor([5.0]),
+            mask={"x": torch.tensor(True)},
+            num_steps=4,
+            num_samples=num_samples,
         )
         assert (completion.samples["z"] >= 5).all()
 
