@@ -18,6 +18,10 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import Trace
 from torch import Tensor
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.overrides import TorchFunctionMode
 
 from pyro_symeq import passes, randomness
@@ -91,6 +95,8 @@ def aside() -> Iterator[None]:
 def buffers_kept(only_on_error: bool = False) -> Iterator[Keep]:
     """Lets module buffers, such as running averages, end as they were.
 
+    A module may change a buffer in place or, in its ``forward``, put another tensor there.
+
     Args:
         only_on_error: Whether to do so only if an error, or an interrupt, comes.
 
@@ -98,6 +104,8 @@ def buffers_kept(only_on_error: bool = False) -> Iterator[Keep]:
         What keeps the buffers of modules that are used without being called.
     """
     buffers: dict[Tensor, Tensor] = {}
+    places: dict[tuple[torch.nn.Module, str], Tensor | None] = {}
+    replaced: set[tuple[torch.nn.Module, str]] = set()
     is_over = False
 
     def keep(others: Iterable[Tensor]) -> None:
@@ -106,15 +114,29 @@ def buffers_kept(only_on_error: bool = False) -> Iterator[Keep]:
                 buffers[buffer] = buffer.detach().clone()
 
     def keep_those_of(module: torch.nn.Module, _: Any) -> None:
-        keep(module.buffers(recurse=False))
+        for name, buffer in module._buffers.items():
+            if (module, name) not in replaced:
+                places[module, name] = buffer
+                keep([] if buffer is None else [buffer])
 
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(keep_those_of)
+    def note_replaced(module: torch.nn.Module, _: Any, __: Any) -> None:
+        for name, buffer in module._buffers.items():
+            if buffer is not places.get((module, name), buffer):
+                replaced.add((module, name))
+
+    hooks = [
+        register_module_forward_pre_hook(keep_those_of),
+        register_module_forward_hook(note_replaced, always_call=True),
+    ]
     try:
         yield keep
         is_over = True
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         if not (is_over and only_on_error):
+            for module, name in replaced:
+                module._buffers[name] = places[module, name]
             for buffer, before in buffers.items():
                 buffer.detach().copy_(before)
 

@@ -10,8 +10,9 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.optim import SGD, Adam, ExponentialLR
 from torch import nn
+from torch.func import functional_call
 
-from pyro_symeq import SymmetricEquilibrium, SymmetricUtility
+from pyro_symeq import LimitingDistribution, SymmetricEquilibrium, SymmetricUtility
 from tests.enumerable import Decoder, Encoder, Ladder, gradients
 from tests.montecarlo import assert_mean
 from tests.test_utility import COPIES, DRAWS, PATTERNS, Recorder, X
@@ -353,6 +354,52 @@ def test_a_first_step_leaves_no_trace_but_its_own():
     rehearsed.step(X)
     expected = second_step(rehearsed)
     assert identical(second_step(SymmetricEquilibrium(ladder.model, guide, FROZEN)), expected)
+
+
+class Centred(nn.Module):
+    """Takes a running mean away, for which it makes a new tensor each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("last", None)
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        self.last = x
+        return x - self.mean
+
+
+def test_buffers_that_modules_replace_are_put_back():
+    centred, ladder = Centred(), Ladder()
+
+    def guide(x):
+        centred(x)
+        ladder.guide(x)
+
+    mean = centred.mean
+    symeq = SymmetricEquilibrium(ladder.model, guide, FROZEN)
+    symeq.evaluate_loss(X)
+    LimitingDistribution(ladder.model, guide).sample(3, X, num_steps=2)
+    assert centred.mean is mean
+    assert centred.last is None
+    assert identical([mean], [torch.zeros(3)])
+    symeq.step(X)
+    assert centred.mean is not mean
+
+
+def test_buffers_that_only_a_call_has_stay_out_of_the_module():
+    norm, ladder = nn.BatchNorm1d(3), Ladder()
+    mean = norm.running_mean
+    averages = {name: value + 1 for name, value in norm.named_buffers()}
+
+    def guide(x):
+        functional_call(norm, averages, (x,))
+        ladder.guide(x)
+
+    SymmetricEquilibrium(ladder.model, guide, FROZEN).evaluate_loss(X)
+    assert norm.running_mean is mean
+    assert identical([averages["running_mean"]], [torch.ones(3)])
 
 
 def test_leftover_elbo_is_called_out():
