@@ -209,13 +209,12 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 def close(a: Tensor, b: Tensor) -> bool:
     """Compares the elements in order, up to the rounding of a floating-point cast."""
-    return a.numel() == b.numel() and torch.allclose(
-        a.detach().to(b.device).double().flatten(),
-        b.detach().double().flatten(),
-        rtol=1e-2,
-        atol=1e-2,
-        equal_nan=True,
-    )
+    if a.numel() != b.numel():
+        return False
+    a, b = a.detach().to(b.device).double().flatten(), b.detach().double().flatten()
+    size = b[b.isfinite()].abs()
+    atol = 1e-2 * min(size.max().item(), 1.0) if size.numel() else 0.0
+    return torch.allclose(a, b, rtol=1e-2, atol=atol, equal_nan=True)
 
 
 def find(value: Tensor, call: Call) -> list[Path]:

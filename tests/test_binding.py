@@ -485,6 +485,22 @@ class TestErrors:
             match="doesn't observe that dream",
         )
 
+    @pytest.mark.parametrize("size", [1.0, 1e-4])
+    def test_an_argument_of_another_size(self, size):
+        def model(x):
+            with pyro.plate("data", B):
+                z = pyro.sample("z", dist.Bernoulli(0.5))
+                law = dist.Normal(size * z[:, None].expand(B, 3), 0.01 * size).to_event(1)
+                pyro.sample("x", law, obs=x * 0.01)
+
+        self.refuse(
+            model,
+            Watched(lambda x: x).guide,
+            size * images(),
+            bind={"x": "x"},
+            match="doesn't observe that dream",
+        )
+
     def test_a_dream_that_does_not_fit(self):
         def model(x):
             with pyro.plate("data", B):
