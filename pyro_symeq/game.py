@@ -351,7 +351,12 @@ class Game:
             return self._loss(self._utilities(call, self._learners))
 
     def evaluate(self, player: str, *args: Any, **kwargs: Any) -> float:
-        """Estimates the utility of one player (nats); nothing moves, buffers neither."""
+        """Estimates the utility of one player (nats); nothing moves, buffers neither.
+
+        Raises:
+            ValueError: There is no such player, or no utility of that player.
+        """
+        self._check_learner(player)
         call = (args, kwargs)
         with torch.no_grad(), buffers_kept():
             self._set_loaded(call, needed={player})
@@ -359,7 +364,12 @@ class Game:
 
     @torch.enable_grad()
     def respond(self, player: str, *args: Any, **kwargs: Any) -> None:
-        """Moves one player once, whatever the schedule says."""
+        """Moves one player once, whatever the schedule says.
+
+        Raises:
+            ValueError: There is no such player, or no utility of that player.
+        """
+        self._check_learner(player)
         call = (args, kwargs)
         others = set(self._learners) - {player}
         with self._ranks.working():
@@ -531,6 +541,12 @@ class Game:
         for name in names:
             if name not in self._by_name:
                 raise ValueError(f"There is no player '{name}'; there are {list(self._by_name)}.")
+
+    def _check_learner(self, name: str) -> None:
+        if name not in self._learners:
+            raise ValueError(
+                f"There is no player '{name}' with a utility; there are {list(self._learners)}."
+            )
 
     def _step_graphs(self) -> StepGraphs | None:
         if self._capture is None or not torch.cuda.is_available():

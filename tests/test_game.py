@@ -710,6 +710,13 @@ class TestRefusals:
             getattr(game, verb)("a", "c")
         assert game.frozen == frozenset()
 
+    @pytest.mark.parametrize("verb", ["evaluate", "respond"])
+    def test_players_without_a_utility(self, verb):
+        game = Game([self.player("a"), Player("prior", observer(leaves_of("b"), "b"))])
+        for name in ("prior", "c"):
+            with pytest.raises(ValueError, match=f"no player '{name}' with a utility; there are"):
+                getattr(game, verb)(name)
+
     @pytest.mark.parametrize(
         ("updates", "message"),
         [
