@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pyro
 import pytest
@@ -9,6 +10,10 @@ from hypothesis import settings
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=200)
 settings.register_profile("nightly", deadline=None, max_examples=800, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
+
+# A shell that runs tests in the background lets them, and what they start, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
