@@ -20,7 +20,7 @@ from typing import Any
 
 DOCS = Path(__file__).parent.parent / "docs"
 HALF = 0.55  # and what rounds to it
-FAR = 2.5  # the ratio from which on one distance is far above another
+ALIKE = 2.5  # distances whose ratio is at most this
 # Settings that other methods have no use for, and their names on the page
 OF_GAMES = {
     "encoder_steps": "encoder moves in a step",
@@ -293,21 +293,8 @@ def _hierarchical(
     factorisation: str,
     game: tuple[float, float],
     elbo: tuple[float, float],
-    *,
-    images: tuple[str, float] = ("half of ELBO's or less", HALF),
-    far: float = FAR,
 ) -> Experiment:
-    """The experiment with a hierarchical VAE.
-
-    Args:
-        title: Its name.
-        data: The name of the data.
-        factorisation: That of the encoder.
-        game: The published distances of decoder and limiting distribution.
-        elbo: The same, learned by the ELBO.
-        images: How the game's decoder distance is to ELBO's, in words and in their ratio at most.
-        far: The ratio from which on the game's limiting distance is far above its decoder distance.
-    """
+    """The experiment with a hierarchical VAE, and the published distances of both methods."""
     names = "decoder distance", "limiting distance"
     published = {
         f"{owner}'s {name}": value
@@ -328,10 +315,10 @@ def _hierarchical(
         "1,024 images, with tanh networks.",
         [
             Claim(
-                f"The game's decoder distance is {images[0]}",
+                "The game's decoder distance is half of ELBO's or less",
                 decoder,
                 elbo_decoder,
-                high=images[1],
+                high=HALF,
             ),
             Claim(
                 "The game's limiting distance is half of ELBO's or less",
@@ -340,16 +327,17 @@ def _hierarchical(
                 high=HALF,
             ),
             Claim(
-                "The game's limiting distance is not far above its decoder distance",
+                "The game's limiting distance is near to its decoder distance",
                 limiting,
                 decoder,
-                high=far,
+                1 / ALIKE,
+                ALIKE,
             ),
             Claim(
                 "ELBO's limiting distance is far above its decoder distance",
                 elbo_limiting,
                 elbo_decoder,
-                low=FAR,
+                low=ALIKE,
             ),
         ],
         features="Inception",
@@ -380,15 +368,8 @@ def _implicit(title: str, data: str) -> Experiment:
 
 EXPERIMENTS = [
     _hierarchical("MNIST, ladder", "mnist", "ladder", (1.65, 4.10), (3.22, 36.6)),
-    _hierarchical("MNIST, reverse", "mnist", "reverse", (1.47, 4.96), (5.29, 14.2), far=3.4),
-    _hierarchical(
-        "Fashion-MNIST, ladder",
-        "fashion",
-        "ladder",
-        (43.6, 42.4),
-        (37.8, 119),
-        images=("hardly above ELBO's", 1.2),
-    ),
+    _hierarchical("MNIST, reverse", "mnist", "reverse", (1.47, 4.96), (5.29, 14.2)),
+    _hierarchical("Fashion-MNIST, ladder", "fashion", "ladder", (43.6, 42.4), (37.8, 119)),
     Experiment(
         "MNIST with labels",
         "mnist_labelled.py",
@@ -401,10 +382,11 @@ EXPERIMENTS = [
         [
             Claim("An encoder that learns from dreams classifies (%)", "accuracy (%)", low=99),
             Claim(
-                "The limiting distance is not far above the decoder distance",
+                "The limiting distance is near to the decoder distance",
                 "limiting distance",
                 "decoder distance",
-                high=FAR,
+                1 / ALIKE,
+                ALIKE,
             ),
         ],
         features="Inception",
@@ -435,7 +417,8 @@ What the paper claims
 published, and what we find. `make results` makes this page from the files in `docs/results/`, which
 the examples leave at the end of a run. To add a run, put its JSON file there.
 
-- A claim is a bound on a figure or on the ratio of two, near to what has been published; 0.55 is
+- A claim is a bound on a figure or on the ratio of two, near to what has been published for MNIST
+  and a ladder, and the same for other data, where published figures needn't keep to it; 0.55 is
   what rounds to a half. It *holds* if each seed keeps to the bound, and *doesn't hold* if none does.
 - Figures are means over seeds, with the least and the largest in brackets.
 - Distances are Fréchet distances from real images, in the feature space named. They can't be
