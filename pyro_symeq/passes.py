@@ -110,8 +110,7 @@ class complete:  # noqa: N801
         if msg["value"] is None:
             name = msg["name"]
             value = self.values.get(name, self.values.get(name.removesuffix(UNOBSERVED)))
-            # Detached, a value is another tensor, for which transforms have cached no inverse.
-            msg["value"] = _draw(msg) if value is None else value.detach()
+            msg["value"] = _draw(msg) if value is None else value
             msg["done"] = True
 
 
@@ -433,7 +432,8 @@ def _shaped(value: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _draw(msg: Site) -> Tensor:
+    """Draws without a graph; detached, a draw is a tensor that no transform has in its cache."""
     if not torch.is_grad_enabled():
-        return msg["fn"](*msg["args"], **msg["kwargs"])
+        return msg["fn"](*msg["args"], **msg["kwargs"]).detach()
     with torch.no_grad():
-        return msg["fn"](*msg["args"], **msg["kwargs"])
+        return msg["fn"](*msg["args"], **msg["kwargs"]).detach()
