@@ -40,12 +40,11 @@ from pyro_symeq.binding import (
     leaves,
     put,
 )
-from pyro_symeq.distributions import Implicit
 from pyro_symeq.informing import independent_parts
 from pyro_symeq.passes import Observation, Run
 from pyro_symeq.pattern import Pattern, Place
 from pyro_symeq.provenance import follow, name_of, take
-from pyro_symeq.tracing import UNOBSERVED, Record, Site, base, tensors
+from pyro_symeq.tracing import UNOBSERVED, Record, Site, tensors
 
 Keep = Callable[[Iterable[Tensor]], None]
 Bind = Mapping[str, str] | Callable[[Trace, tuple[Any, ...], dict[str, Any]], Call]
@@ -401,11 +400,15 @@ class _Rehearsal:
             )
 
     def laws(self, call: Call) -> dict[str, Any]:
-        """The laws of the model's sites at the values of the dream."""
+        """The laws of the model's sites that have a density, at the values of the dream."""
         given = passes.fix(passes.values(self.dream.trace), lambda name, law, value: value)
         with randomness.kept():
             trace = passes.sample(self.model, call, given)
-        return {name: independent_parts(site["fn"])[0] for name, site in trace.variables.items()}
+        return {
+            name: independent_parts(site["fn"])[0]
+            for name, site in trace.variables.items()
+            if not passes.is_implicit(site)
+        }
 
     def agree(self, name: str, seen: Tensor, dreamed: Tensor) -> bool:
         """Whether two values of a site are alike where they count."""
@@ -534,9 +537,7 @@ def _other_laws(a: Mapping[str, Any], b: Mapping[str, Any], dream: Record) -> li
     return [
         name
         for name, law in a.items()
-        if name in b
-        and not isinstance(base(law), Implicit)
-        and not _same_law(law, b[name], passes.value(dream, name))
+        if name in b and not _same_law(law, b[name], passes.value(dream, name))
     ]
 
 
