@@ -39,6 +39,7 @@ with ended_cleanly("mnist_hvae.py"):
     from judge import LAYERS, Judge, Latents
     from long_runs import LongRun, RunError, add_options, run_path, write_record
     from pyro_symeq import Game, GameLoss, Player, SymmetricEquilibrium, SymmetricUtility
+    from results_page import OF_GAMES
     from reweighted import Reweighted
     from training import cosine, in_turn
 
@@ -47,7 +48,7 @@ METHODS = ("game", "elbo", "rws")
 NAMES = ("data", "factorisation", "net", "method", "preset", "seed")  # of a run
 ASKED = ("steps", "learning_rate", "annealed", "last_word", "bfloat16")  # named if they were
 # In these, methods may differ whose images stand side by side
-OWN = {"method", "learning_rate", "last_word", "encoder_steps", "num_proposals", "code_warmup"}
+OWN = {"method", "learning_rate", *OF_GAMES}
 NUM_LOOKS = 16
 NUM_SHOWN = 16  # images
 NUM_EMBEDDED = 1000  # latents of each law
