@@ -1119,6 +1119,17 @@ def test_a_copy_trains_on_its_own():
     assert not any(map(torch.equal, ladder.parameters(), before))
 
 
+@pytest.mark.parametrize("capture", [False, True])
+def test_networks_whose_names_a_loaded_store_has_taken_do_not_move(capture):
+    pair, symeq = trained_pair(WithScale, num_steps=5, capture=capture)
+    pyro.get_param_store().set_state(copy.deepcopy(pyro.get_param_store().get_state()))
+    networks = nn.ModuleList([pair.decoder, pair.encoder])
+    before = clone(networks.parameters())
+    with pytest.raises(ValueError, match="have lost their names"):
+        symeq.step(X)
+    assert identical(networks.parameters(), before)
+
+
 # Against enumeration, and ownership.
 
 
