@@ -20,6 +20,7 @@ EXTRAS = {"tensorboard": "tensorboard"}
 
 __all__ = [
     "add_data_root",
+    "add_precision",
     "begun",
     "count",
     "device",
@@ -60,6 +61,13 @@ def add_data_root(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path(os.environ.get("PYRO_SYMEQ_DATA", "data")),
         help="the folder of MNIST and Fashion-MNIST (default: $PYRO_SYMEQ_DATA, or data)",
+    )
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that lets networks compute in bfloat16."""
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="let networks compute in bfloat16, on a GPU say"
     )
 
 

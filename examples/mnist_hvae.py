@@ -27,7 +27,7 @@ import torch
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
-from cli import begun, ended_cleanly, parser, part
+from cli import add_precision, begun, ended_cleanly, parser, part
 
 with ended_cleanly("mnist_hvae.py"):
     import embeddings
@@ -289,9 +289,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=part,
         help="the part of the steps in which the encoder alone learns (default: as in the preset)",
     )
-    options.add_argument(
-        "--bfloat16", action="store_true", help="let networks compute in bfloat16, on a GPU say"
-    )
+    add_precision(options)
     parsed = options.parse_args(arguments)
     if parsed.method == "rws" and parsed.factorisation == "ladder":
         options.error("rws needs --factorisation reverse: its programs can't share parameters")

@@ -28,7 +28,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from cli import begun, ended_cleanly, parser
+from cli import add_precision, begun, ended_cleanly, parser
 
 with ended_cleanly("mnist_labelled.py"):
     from matplotlib.figure import Figure
@@ -124,13 +124,17 @@ class Training:
         images: The data set.
         seed: The seed of the initial parameters and of all draws.
         settings: What else the training depends on.
+        is_mixed: Whether networks compute in bfloat16.
     """
 
-    def __init__(self, images: Images, seed: int, settings: Settings) -> None:
+    def __init__(
+        self, images: Images, seed: int, settings: Settings, is_mixed: bool = False
+    ) -> None:
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
         self.images = images
         self.settings = settings
+        self.is_mixed = is_mixed
         self.vae = LadderVAE(
             images.side,
             settings.num_styles,
@@ -162,7 +166,8 @@ class Training:
         rows = torch.randint(len(x), (self.settings.batch_size,), device=x.device)
         batch = x[rows]
         flipped = torch.rand_like(batch) < self.settings.flips
-        loss = self.symeq.step(torch.where(flipped, 1 - batch, batch), y[rows])
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_mixed):
+            loss = self.symeq.step(torch.where(flipped, 1 - batch, batch), y[rows])
         for optim in self.optims:
             optim.step()
         return loss
@@ -319,6 +324,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the options of the program."""
     options = parser("Learns digits with their classes.", ("mnist", "fashion", "digits"))
     add_options(options, PRESETS)
+    add_precision(options)
     return options.parse_args(arguments)
 
 
@@ -326,7 +332,7 @@ def run(options: argparse.Namespace) -> None:
     """Trains a pair, and tells and draws what it has learned."""
     settings = begun(options, PRESETS[options.preset])
     images = load(options.data, options.data_root).to(options.device)
-    training = Training(images, options.seed, settings)
+    training = Training(images, options.seed, settings, options.bfloat16)
     judge = Judge(
         training.vae,
         images,
@@ -334,8 +340,10 @@ def run(options: argparse.Namespace) -> None:
         classifier(options.data, images.x),
         settings.num_samples,
     )
-    identity = {"data": options.data, "seed": options.seed, **asdict(settings)}
-    path = run_path(options, "labelled", options.data, options.preset, options.seed)
+    names = {name: getattr(options, name) for name in ("data", "seed", "bfloat16")}
+    identity = names | asdict(settings)
+    parts = "labelled", options.data, options.preset, options.seed
+    path = run_path(options, *parts, asked=("steps", "bfloat16"))
     long_run = LongRun(
         training.symeq,
         training.step,

@@ -17,7 +17,7 @@ function :math:`f_\varphi(x)` of the image adds to the decoder's logits of :math
         &\propto p_\theta(z_1 \mid s, y) \, \exp \langle f_\varphi(x), z_1 \rangle.
 
 Networks see bits as -1 and +1, and a class with its one-hot vector scaled to weigh as much as ten
-bits.
+bits. Their logits are as precise as what they see, also where autocast makes layers less so.
 """
 
 from itertools import pairwise
@@ -78,11 +78,11 @@ class Decoder(nn.Module):
 
     def z1(self, style: Tensor, y: Tensor) -> Tensor:
         """The logits of p(z1 | style, y)."""
-        return self.units(cat([2 * style - 1, NUM_CLASSES**0.5 * y], dim=-1))
+        return self.units(cat([2 * style - 1, NUM_CLASSES**0.5 * y], dim=-1)).to(style.dtype)
 
     def x(self, z1: Tensor) -> Tensor:
         """The logits of p(x | z1)."""
-        return self.pixels(2 * z1 - 1)
+        return self.pixels(2 * z1 - 1).to(z1.dtype)
 
 
 class Encoder(nn.Module):
@@ -126,7 +126,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The logits of q(style | x) and q(y | x), and what x adds to the logits of z1."""
         features = self.features(2 * x - 1)
-        return self.style(features), self.y(features), self.z1(features)
+        style, y, z1 = (head(features).to(x.dtype) for head in (self.style, self.y, self.z1))
+        return style, y, z1
 
 
 class LadderVAE(nn.Module):

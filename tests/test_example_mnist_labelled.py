@@ -61,3 +61,32 @@ def test_real_images_are_what_the_classifier_takes_them_for(judge, monkeypatch):
     real = {"x": judge.x, "class": judge.y}
     assert judge.agreement(real) > 0.9
     assert judge.distance(real).value < 1e-2 < judge.floor().value
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_networks_compute_in_bfloat16_where_asked_to(is_mixed, monkeypatch):
+    """What they hand over to distributions is in single precision all the same."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import mnist_labelled
+    from data import load
+
+    torch.set_default_dtype(torch.float32)
+    images, settings = load("digits", None), mnist_labelled.PRESETS["smoke"]
+    training = mnist_labelled.Training(images, 0, settings, is_mixed)
+    inside, handed_over = set(), set()
+    decoder = training.vae.decoder
+    for network in (decoder.units, decoder.pixels, training.vae.encoder.features):
+        network.register_forward_hook(lambda *args: inside.add(args[-1].dtype))
+    training.vae.encoder.register_forward_hook(
+        lambda *args: handed_over.update(logits.dtype for logits in args[-1])
+    )
+    scored = torch.distributions.Bernoulli.log_prob
+
+    def log_prob(self, value):
+        handed_over.add(self.logits.dtype)
+        return scored(self, value)
+
+    monkeypatch.setattr(torch.distributions.Bernoulli, "log_prob", log_prob)
+    training.step()
+    assert inside == {torch.bfloat16 if is_mixed else torch.float32}
+    assert handed_over == {torch.float32}
