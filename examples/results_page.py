@@ -556,6 +556,7 @@ def _runs(found: Found) -> Iterator[str]:
                 rows.setdefault(environment, []).append(row)
                 commands += [f"# {run}; seeds {seeds}", command(group[0])]
     yield "## Runs\n"
+    yield "Times are longer where a machine was shared by several runs.\n"
     for environment, each in rows.items():
         yield f"On {environment}:\n"
         yield _table(["run", "seeds", "steps", "learning rate", "time of all parts (s)"], each)
