@@ -283,6 +283,7 @@ def figures(judge: Judge, draws: dict[str, Draws]) -> Figures:
         **{f"{found.name}/{law}": found.value for law, found in distances.items()},
         "limiting / decoder": distances[LIMITING].value / distances[DECODER].value,
         **{f"classifier agrees/{law}": judge.agreement(each) for law, each in draws.items()},
+        "largest share of a class": draws[LIMITING]["class"].mean(0).max().item(),
         **judge.bits(),
     }
 

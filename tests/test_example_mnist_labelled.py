@@ -16,6 +16,7 @@ def test_a_smoke_run_leaves_its_figures_and_goes_on(tmp_path):
     record = json.loads((tmp_path / "labelled-digits-smoke-0.json").read_text())
     figures = record["figures"]
     assert 0 <= figures["held-out accuracy"] <= 1
+    assert 1 / 10 <= figures["largest share of a class"] <= 1
     distances = {
         law: figures[f"frechet[digits-cnn]/{law}"]
         for law in ("decoder", "limiting", "limiting given class", "floor")
