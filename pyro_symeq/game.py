@@ -292,6 +292,8 @@ class Game:
 
         Raises:
             TypeError: A utility returns no tensor.
+            RuntimeError: The game was made before ``torch.distributed.init_process_group()``, and
+                there are other processes now.
             ValueError: A player can't learn from this batch, a utility returns no scalar or is not
                 finite (unless ``nonfinite="skip"``), all players are frozen, or inference mode is
                 on. Nothing has moved then; with Pyro's validation off, players that came before

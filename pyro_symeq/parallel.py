@@ -42,8 +42,22 @@ UTILITY = ""  # no parameter has this name
 class Alone:
     """One process: there is nobody to share anything with."""
 
+    def __init__(self) -> None:
+        self._num_processes = _num_processes()
+
     def working(self) -> AbstractContextManager[None]:
-        """Within, a rank works alone; the others hear of its errors at the next exchange."""
+        """Within, a rank works alone; the others hear of its errors at the next exchange.
+
+        Raises:
+            RuntimeError: There are other processes by now, and it was made before.
+        """
+        if (num_processes := _num_processes()) > self._num_processes:
+            raise RuntimeError(
+                "This game was made before torch.distributed.init_process_group(), where "
+                f"torch.distributed.group.WORLD is None, and there are {num_processes} processes "
+                "now. Make it after that: with process_group=torch.distributed.group.WORLD to "
+                "train together, or without to train alone."
+            )
         return nullcontext()
 
     def rehearsing(self, strategies: Collection[Strategy]) -> AbstractContextManager[None]:
@@ -84,6 +98,12 @@ class Alone:
     def load_state_dict(self, state: State, num_steps: int) -> None:
         """Goes back to the random numbers that followed after so many steps."""
         randomness.set_state(state)
+
+
+def _num_processes() -> int:
+    """How many processes torch.distributed has brought together."""
+    is_one_of_many = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if is_one_of_many else 1
 
 
 class Ranks(Alone):

@@ -344,6 +344,32 @@ def test_names_that_only_the_file_or_only_the_program_has_are_told_and_nothing_i
     assert new.keys() - old.keys() == {"renamed$$$0.bias", "renamed$$$0.weight"}
 
 
+def test_a_state_of_before_a_parameter_came_up_is_for_a_fresh_training():
+    def model(x, names):
+        for name in names:
+            loc = pyro.param(name, torch.zeros(()))
+            pyro.sample(f"x_{name}", dist.Normal(loc, 1.0), obs=x)
+
+    def game():
+        utility = lambda play, *call: play.log_prob("p", *call)  # noqa: E731
+        return Game([Player("p", model, SGD({"lr": 0.1}), utility)])
+
+    first = game()
+    first.step(torch.ones(()), "a")
+    state = first.state_dict()
+    first.step(torch.ones(()), "ab")
+    after = first.state_dict()
+    with pytest.raises(ValueError, match=r"Expected {'b': \(\)}, got {'b': 'nothing'}"):
+        first.load_state_dict(state)
+    assert same(first.state_dict(), after)
+    pyro.clear_param_store()
+    second = game()
+    second.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"no values for these parameters of the p, .*\['b'\]"):
+        second.step(torch.ones(()), "ab")
+    assert same(second.state_dict(), after)
+
+
 def test_programs_that_take_turns_are_not_warned_of():
     def of(name):
         def program(x):

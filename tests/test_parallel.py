@@ -457,6 +457,29 @@ def test_no_group_is_refused():
             certain_game(Ladder(), SGD({"lr": 0.1}), process_group=group)
 
 
+def begin_alone(rank, path):
+    """A game is made, a group follows; then games are made that train in it, and alone."""
+    distributed.destroy_process_group()
+    ladder = fresh(0)
+    early = certain_game(ladder, SGD({"lr": 0.1}), process_group=world())
+    early.step(**batch_of(0))
+    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    before = values(ladder)
+    error = told(lambda: early.step(**batch_of(0)))
+    moved = not same(values(ladder), before)
+    for group in (world(), None):
+        certain_game(fresh(0), SGD({"lr": 0.1}), process_group=group).step(**batch_of(0, rank, 2))
+    return error, moved
+
+
+def test_a_game_made_before_the_group_does_not_train_alone_unnoticed(tmp_path):
+    for error, moved in launch(2, begin_alone, tmp_path / "group"):
+        assert error[0] is RuntimeError
+        assert "before torch.distributed.init_process_group()" in error[1]
+        assert "there are 2 processes now" in error[1]
+        assert not moved
+
+
 def take_steps(rank, num_steps):
     ladder = fresh(rank)
     game = certain_game(ladder, SGD({"lr": 0.1}), process_group=world())
