@@ -140,7 +140,7 @@ class Play:
         return log_prob if self.learner in (None, player) else log_prob.detach()
 
     def score(self, player: str, *runs: Scored) -> Tensor:
-        """Sums the log-probabilities (nats) of runs of a player's program.
+        """Sums the log-probabilities (nats) of runs of a player's program; 0 if there are none.
 
         Args:
             player: The name of the player.
@@ -155,7 +155,7 @@ class Play:
         for run in runs:
             self.touched[player] |= run.trace.parameters
         self.owners.touch(player, self.touched[player].values())
-        first, *others = log_probs.values()
+        first, *others = log_probs.values() or [_no_score(runs[0].trace)]
         return sum(others, first)
 
     def aside(self) -> "Play":
@@ -184,6 +184,12 @@ class Play:
         if player not in self.programs:
             raise ValueError(f"There is no player '{player}'; there are {list(self.programs)}.")
         return self.programs[player]
+
+
+def _no_score(trace: Record) -> Tensor:
+    """A log-probability of nothing: of latents alone, whose law has no density."""
+    like: Tensor = next(iter(trace.variables.values()))["value"]
+    return like.new_zeros((), dtype=torch.get_default_dtype())
 
 
 def _check_names(player: str, trace: Record, fix: passes.fix) -> dict[str, Tensor]:

@@ -109,6 +109,40 @@ def test_decoder_gradient_is_the_same_draw_by_draw():
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("capture", [False, True])
+def test_latents_alone_teach_the_encoder(capture, device):
+    """Only the prior could score them, so there is nothing for the decoder in such a batch."""
+    moved = []
+    for prior in (IMPLICIT, EXPLICIT):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        pair, drawn = Pair(prior).to(device), torch.randn(8, 2, device=device)
+        start = {name: x.clone() for name, x in pair.state_dict().items()}
+
+        def model(x, z, pair=pair):
+            pyro.module("decoder", pair.decoder)
+            with pyro.plate("data", 8):
+                z = pyro.sample("z", pair.prior, obs=z)
+                pyro.sample("x", dist.Normal(pair.decoder(z), 0.3).to_event(1), obs=x)
+
+        def guide(x, z, pair=pair):
+            pair.guide(x)
+
+        symeq = SymmetricEquilibrium(model, guide, SGD({"lr": 0.01}), capture=capture)
+        symeq.step(torch.ones(8, 3, device=device), drawn)
+        symeq.step(None, drawn)
+        pair.load_state_dict(start)
+        pyro.set_rng_seed(1)
+        losses = [symeq.step(None, drawn) for _ in range(5)]
+        after = pair.decoder.state_dict()
+        assert all(torch.equal(after[name], start[f"decoder.{name}"]) for name in after)
+        moved.append([p.detach().cpu() for p in pair.encoder.parameters()])
+        if prior is IMPLICIT:
+            assert [loss.decoder for loss in losses] == [0.0] * 5
+            assert all(loss.encoder != 0 for loss in losses)
+    torch.testing.assert_close(*moved)
+
+
 @pytest.mark.slow
 def test_a_pair_learns_with_a_prior_that_can_only_be_sampled(device):
     """Data x = A z + noise: pushed away from A, the decoder comes back."""
