@@ -142,6 +142,9 @@ def test_inception_sees_pixels_outside_as_black_and_white(tmp_path, monkeypatch)
     monkeypatch.setattr(fid, "NoTrainInceptionV3", lambda **_: nn.Identity(), raising=False)
     x = torch.tensor([-0.1, 0.0, 0.2, 1.0, 1.1]).reshape(1, 1, 1, 5)
     assert inception(weights, 64)(x).tolist() == [3 * [0, 0, 51, 255, 255]]
+    x[..., 1:3] = torch.nan
+    with pytest.raises(ValueError, match="pixels between 0 and 1, got 2 that are NaN"):
+        inception(weights, 64)(x)
 
 
 def distance_of_a_rank(rank):

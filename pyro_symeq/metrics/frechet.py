@@ -152,7 +152,7 @@ def inception(weights: str | Path, num_features: int = 2048) -> Features:
     Returns:
         Features of images between 0 and 1, with shape :math:`(N, 1, H, W)` or
         :math:`(N, 3, H, W)`, which the network scales to its size. Pixels outside, of a normal
-        decoder, say, count as 0 or 1.
+        decoder, say, count as 0 or 1; those that are NaN are refused with a ``ValueError``.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -182,6 +182,8 @@ class _Bytes(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
+        if bad := x.isnan().sum().item():
+            raise ValueError(f"Expected pixels between 0 and 1, got {bad} that are NaN.")
         self.network.to(x.device)
         return self.network((x.clamp(0, 1).expand(-1, 3, -1, -1) * 255).round().byte())
 
