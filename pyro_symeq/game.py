@@ -680,7 +680,7 @@ class Game:
             scores = self._tried(self._try, call, needed=moving | watched)
             tried = {name: scores[name] for name in scores if name in moving | watched}
             for name, score in tried.items():
-                _check_learnable(name, score)
+                _check_learnable(name, score, self._stage.owners.unused(name))
             if not any(score.parameters for score in tried.values()):
                 raise ValueError(NOTHING_TO_LEARN)
         self._learnable |= moving
@@ -713,13 +713,13 @@ def _names(rounds: Iterable[tuple[str, ...]]) -> set[str]:
     return {name for names in rounds for name in names}
 
 
-def _check_learnable(name: str, score: Score) -> None:
-    if score.parameters and not score.utility.requires_grad:
-        raise ValueError(
-            f"The utility of the {name} doesn't depend on its parameters "
-            f"{sorted(score.parameters)}. Is its program run without gradients?"
-        )
+def _check_learnable(name: str, score: Score, unused: list[str]) -> None:
     if not score.unnamed:
+        if unused and (score.parameters or score.utility.item() != 0):
+            raise ValueError(
+                f"The utility of the {name} doesn't depend on its parameters {unused}. Does it "
+                "score the player's program, and is that run with gradients?"
+            )
         return
     shapes = [tuple(leaf.shape) for leaf in score.unnamed]
     problem = (
@@ -729,7 +729,7 @@ def _check_learnable(name: str, score: Score) -> None:
         "pyro.clear_param_store() before a new training, and give networks of several players "
         "names of their own (PyroModules: pyro.settings.set(module_local_params=True))."
     )
-    if not score.parameters:
+    if unused or not score.parameters:
         raise ValueError(f"There is nothing to learn for the {name}. {problem}")
     warnings.warn(f"{problem} They are not trained.", stacklevel=4)
 

@@ -94,7 +94,7 @@ class Play:
             fix = passes.fix(values, partial(_broadcast, player))
             trace = passes.sample(self._program(player), (args, kwargs), fix)
         rows = _check_names(player, trace, fix)
-        self.owners.touch(player, trace.parameters.values())
+        self.owners.touch(player, trace.parameters)
         return passes.drawn(trace) | rows
 
     def log_prob(
@@ -154,7 +154,7 @@ class Play:
         self.log_probs += [(player, name, value) for (_, name), value in log_probs.items()]
         for run in runs:
             self.touched[player] |= run.trace.parameters
-        self.owners.touch(player, self.touched[player].values())
+        self.owners.touch(player, self.touched[player])
         first, *others = log_probs.values() or [_no_score(runs[0].trace)]
         return sum(others, first)
 

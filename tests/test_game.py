@@ -761,6 +761,24 @@ class TestRefusals:
             game.step(0.0)
         assert game.num_steps == 0
 
+    @pytest.mark.parametrize("own", [0.0, 1.0])
+    def test_utilities_that_draw_from_the_player_and_do_not_score_it(self, own):
+        """Without draws of its own, a player that has nothing to learn may say so by 0."""
+        loc = torch.zeros((), requires_grad=True)
+
+        def program():
+            pyro.sample("x", dist.Normal(pyro.param("loc", loc), 1.0))
+
+        utility = lambda play, x: own * (play.sample("b")["x"] - x) ** 2  # noqa: E731
+        game = Game([self.player("a"), Player("b", program, SGD({"lr": 0.1}), utility)])
+        if own == 0:
+            game.step(0.0)
+            assert loc == 0
+            return
+        with pytest.raises(ValueError, match=r"of the b doesn't depend on .* \['loc'\]. Does it"):
+            game.step(0.0)
+        assert game.num_steps == 0
+
     def test_a_site_that_nobody_sampled(self):
         def program():
             z = pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
