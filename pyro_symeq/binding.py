@@ -9,12 +9,14 @@ dataclasses, and is written as a path: the keys that lead to it. A leaf holds a 
 import copy
 import dataclasses
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 Path = tuple[Any, ...]
@@ -31,11 +33,15 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     elif isinstance(tree, Mapping):
         for key, branch in tree.items():
             yield from leaves(branch, (*path, key))
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+    elif _is_dataclass(tree):
         for field in dataclasses.fields(tree):
             yield from leaves(getattr(tree, field.name), (*path, field.name))
     else:
         yield path, tree
+
+
+def _is_dataclass(tree: Any) -> bool:
+    return dataclasses.is_dataclass(tree) and not isinstance(tree, type)
 
 
 def put(tree: Any, path: Path, value: Any) -> Any:
@@ -47,11 +53,50 @@ def put(tree: Any, path: Path, value: Any) -> Any:
         branches = list(tree)
         branches[key] = put(branches[key], rest, value)
         return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)
-    twin = copy.copy(tree)
-    if isinstance(twin, MutableMapping):
+    if isinstance(tree, MutableMapping):
+        twin = copy.copy(tree)
         twin[key] = put(tree.get(key), rest, value)
-    else:
-        object.__setattr__(twin, key, put(getattr(tree, key), rest, value))
+        return twin
+    return _with_field(tree, key, put(getattr(tree, key), rest, value))
+
+
+def own(tree: Any) -> Any:
+    """Copies the containers of a nest, so that what is left in the copies is in no others."""
+    if isinstance(tree, tuple):
+        branches = [own(branch) for branch in tree]
+        if all(map(operator.is_, branches, tree)):
+            return tree
+        return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)
+    if isinstance(tree, (list, MutableMapping)):
+        twin = copy.copy(tree)
+        for key, branch in enumerate(tree) if isinstance(tree, list) else tree.items():
+            if (inner := own(branch)) is not branch:
+                twin[key] = inner
+        return twin
+    if _is_dataclass(tree) and not isinstance(tree, nn.Module):
+        twin = copy.copy(tree)
+        for field in dataclasses.fields(tree):
+            object.__setattr__(twin, field.name, own(getattr(tree, field.name)))
+        return twin
+    return tree
+
+
+def _with_field(tree: Any, name: str, value: Any) -> Any:
+    """A copy of an object with another value in a field.
+
+    What a dataclass computes of its fields is computed anew, unless that would change others.
+    """
+    fields = dataclasses.fields(tree) if _is_dataclass(tree) else ()
+    if fields and all(field.init for field in fields):
+        expected = {field.name: getattr(tree, field.name) for field in fields} | {name: value}
+        try:
+            twin = dataclasses.replace(tree, **{name: value})
+            if all(getattr(twin, key) is x for key, x in expected.items()):
+                return twin
+        except (TypeError, ValueError):  # it can't be made of its fields, or not of these
+            pass
+    twin = copy.copy(tree)
+    object.__setattr__(twin, name, value)
     return twin
 
 
@@ -185,10 +230,17 @@ def _extent(x: Tensor) -> int:
 def share_storage(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one type lie in the same memory."""
     return (
-        a.dtype == b.dtype
+        is_strided(a)
+        and is_strided(b)
+        and a.dtype == b.dtype
         and a.device == b.device
         and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
     )
+
+
+def is_strided(x: Tensor) -> bool:
+    """Whether a tensor keeps its elements one by one in memory, as no sparse or nested one does."""
+    return x.layout == torch.strided and not x.is_nested
 
 
 def is_cast(leaf: Tensor, value: Tensor) -> bool:
@@ -201,7 +253,7 @@ def is_cast(leaf: Tensor, value: Tensor) -> bool:
 
 def equal(a: Tensor, b: Tensor) -> bool:
     """Compares the elements in order, whatever shape, type and device; NaN equals NaN."""
-    if a.numel() != b.numel():
+    if not (is_strided(a) and is_strided(b)) or a.numel() != b.numel():
         return False
     a = a.detach().to(b.device, b.dtype).reshape(b.shape)
     return bool(((a == b) | ((a != a) & (b != b))).all())
@@ -217,9 +269,16 @@ def close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-2, atol=atol, equal_nan=True)
 
 
+def strided(call: Call) -> Iterator[tuple[Path, Tensor]]:
+    """The tensors among the arguments that can hold a value: no sparse or nested ones."""
+    for path, leaf in leaves(call):
+        if isinstance(leaf, Tensor) and is_strided(leaf):
+            yield path, leaf
+
+
 def find(value: Tensor, call: Call) -> list[Path]:
     """Finds the leaves that a value is, is a view of or, if there are none, may be a cast of."""
-    tensors = [(path, leaf) for path, leaf in leaves(call) if isinstance(leaf, Tensor)]
+    tensors = list(strided(call))
     for holds in (same_memory, is_part, is_cast):
         if found := [path for path, leaf in tensors if holds(leaf, value)]:
             return found
@@ -244,6 +303,25 @@ def copied(x: Tensor, stride: tuple[int, ...] | None = None) -> Tensor:
     return twin.copy_(x)
 
 
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gives dreamed values the type of an argument.
+
+    Raises:
+        ValueError: With Pyro's validation on, that some are out of the range of integers.
+    """
+    is_integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    if is_integer and value.dtype != dtype and is_validation_enabled():
+        info, exact = torch.iinfo(dtype), value.detach().double()
+        is_outside = ~((exact >= info.min) & (exact <= info.max))
+        if is_outside.any():
+            raise ValueError(
+                f"Expected dreams in the range of {dtype}, {info.min} to {info.max}, for an "
+                f"argument of this type, got {exact[is_outside][0].item():g}. Give the data in a "
+                "wider type or as floats, or let the model draw nothing out of their range."
+            )
+    return value.to(dtype)
+
+
 def substitute(leaf: Tensor, observed: Tensor, dreamed: Tensor, into: Tensor) -> Tensor | None:
     """Puts a dreamed value where an argument held the observed one.
 
@@ -258,12 +336,12 @@ def substitute(leaf: Tensor, observed: Tensor, dreamed: Tensor, into: Tensor) ->
     """
     is_view = share_storage(leaf, observed) and _covers(leaf, observed)
     if same_memory(leaf, observed) or (not is_view and leaf.numel() == dreamed.numel()):
-        return dreamed.to(leaf.dtype).reshape(leaf.shape)
+        return cast(dreamed, leaf.dtype).reshape(leaf.shape)
     if not is_view:
         return None
     twin = copied(into, leaf.stride())
     offset = observed.storage_offset() - leaf.storage_offset()
     twin.as_strided(observed.shape, observed.stride(), offset).copy_(
-        dreamed.reshape(observed.shape)
+        cast(dreamed, leaf.dtype).reshape(observed.shape)
     )
     return twin

@@ -36,9 +36,11 @@ from pyro_symeq.binding import (
     find,
     get,
     is_part,
+    is_strided,
     kind,
     leaves,
     put,
+    strided,
 )
 from pyro_symeq.informing import independent_parts
 from pyro_symeq.passes import Observation, Run
@@ -164,6 +166,7 @@ class _Rehearsal:
         self.refuse_wrong_pairing(pattern, dreamed)
         data, sources = self.data(pattern, dreamed), self.sources(pattern, dreamed)
         latents = passes.values(self.dream.trace)
+        self.run_again(self.call)  # what the model leaves to the guide is of the data, as in steps
         with (
             torch.enable_grad(),
             _Reads([*data.values(), *sources.values()]) as reads,
@@ -264,7 +267,8 @@ class _Rehearsal:
     def path(self, name: str, seen: Observation) -> Path | None:
         """The argument that holds an observed value, if one does."""
         paths = find(seen.value, self.call)
-        if not paths and seen.origin.path is not None and self.is_picked(seen):
+        are_copies = all(kind(get(self.call, path), seen.value) == "copy" for path in paths)
+        if are_copies and seen.origin.path is not None and self.is_picked(seen):
             paths = self.aliases(get(self.call, seen.origin.path))
         if len(paths) > 1 and not callable(self.bind):
             raise ValueError(self.cannot_tell(name, paths))
@@ -284,7 +288,7 @@ class _Rehearsal:
 
     def aliases(self, x: Tensor) -> list[Path]:
         """The paths to a tensor, and to others with the same elements in memory."""
-        tensors = [(path, y) for path, y in leaves(self.call) if isinstance(y, Tensor)]
+        tensors = strided(self.call)
         return [path for path, y in tensors if x is y or is_part(x, y) or is_part(y, x)]
 
     def refuse_unbound(self, names: Iterable[str]) -> None:
@@ -311,6 +315,12 @@ class _Rehearsal:
                     f"bind= names the argument '{argument}'; there are {sorted(paths)}."
                 )
             leaf = get(self.call, paths[argument])
+            if isinstance(leaf, Tensor) and not is_strided(leaf):
+                raise ValueError(
+                    f"bind= names the argument '{argument}', a sparse or nested tensor; expected "
+                    "one that a dream can be put into. Pass it dense, or hand the dream over with "
+                    "a function bind=(trace, args, kwargs) -> (args, kwargs)."
+                )
             if not (leaf is None or isinstance(leaf, Tensor)):
                 raise ValueError(
                     f"bind= names the argument '{argument}', which is of type "
@@ -401,14 +411,17 @@ class _Rehearsal:
 
     def laws(self, call: Call) -> dict[str, Any]:
         """The laws of the model's sites that have a density, at the values of the dream."""
-        given = passes.fix(passes.values(self.dream.trace), lambda name, law, value: value)
-        with randomness.kept():
-            trace = passes.sample(self.model, call, given)
         return {
             name: independent_parts(site["fn"])[0]
-            for name, site in trace.variables.items()
+            for name, site in self.run_again(call).variables.items()
             if not passes.is_implicit(site)
         }
+
+    def run_again(self, call: Call) -> Record:
+        """Runs the model with the values of the dream."""
+        given = passes.fix(passes.values(self.dream.trace), lambda name, law, value: value)
+        with randomness.kept():
+            return passes.sample(self.model, call, given)
 
     def agree(self, name: str, seen: Tensor, dreamed: Tensor) -> bool:
         """Whether two values of a site are alike where they count."""
@@ -503,12 +516,12 @@ class _Rehearsal:
         """Says that none or several of the arguments hold a value, and what to do."""
         if paths:
             return self.several(name, [self.names(path) for path in paths])
-        tensors = [self.names(p) for p, leaf in leaves(self.call) if isinstance(leaf, Tensor)]
+        tensors = [self.names(path) for path, _ in strided(self.call)]
         example = tensors[0] if tensors else "argument"
         return (
             f"No argument holds the observed value of site '{name}', as a tensor or as a part, "
             "view, cast or indexed copy of one; it is computed, or comes from elsewhere, a closure "
-            f"or poutine.condition, say (tensor arguments: {tensors}). So a dream of '{name}' "
+            f"or poutine.condition, say (dense tensor arguments: {tensors}). So a dream of '{name}' "
             "can't be handed to the guide. Pass the observed value itself as an argument of model "
             f"and guide, or tell which argument stands for it with bind={{'{example}': '{name}'}} "
             "or with a function bind=(trace, args, kwargs) -> (args, kwargs)."

@@ -19,7 +19,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 
-from pyro_symeq.binding import Call, Program, leaves
+from pyro_symeq.binding import Call, Program, leaves, own
 
 Site = Any  # pyro.poutine.runtime.Message, whose keys depend on its type
 Act = Callable[[Site], None]  # what a pass does at a sample site, before its value is there
@@ -104,8 +104,11 @@ class act_and_trace(TraceMessenger):  # noqa: N801
 
 
 def run(program: Program, call: Call, *acts: Act) -> Record:
-    """Runs a program, acts at each of its sample sites in turn, and returns the trace."""
-    args, kwargs = call
+    """Runs a program, acts at each of its sample sites in turn, and returns the trace.
+
+    The program gets containers of its own: what it leaves there is seen by no other run.
+    """
+    args, kwargs = own(call)
     tracer = act_and_trace(*acts)
     torch.clear_autocast_cache()  # of parameters before a move, or cast without a graph
     TraceHandler(tracer, program)(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 
 import pyro
 import pyro.distributions as dist
@@ -13,7 +14,7 @@ from pyro.optim import SGD
 from torch import nn
 
 from pyro_symeq import SymmetricEquilibrium
-from pyro_symeq.binding import Names, find, get, layout, leaves, put, substitute
+from pyro_symeq.binding import Names, find, get, layout, leaves, own, put, substitute
 
 B, D = 4, 3
 Named = collections.namedtuple("Named", "image label")
@@ -116,6 +117,59 @@ def test_dreams_reach_the_guide_in_the_place_of_the_data(case):
     assert dream.shape == x.shape
     assert ((dream == 0) | (dream == 1)).all()
     assert not torch.equal(dream, x)
+
+
+@dataclasses.dataclass
+class Signed:
+    image: torch.Tensor
+
+    @functools.cached_property
+    def signs(self):
+        return 2 * self.image - 1
+
+
+def leave_signs(batch):
+    if "signs" not in batch:
+        batch["signs"] = 2 * batch["image"] - 1
+    return batch["signs"]
+
+
+def append_signs(batch):
+    if len(batch) == 1:
+        batch.append(2 * batch[0] - 1)
+    return batch[1]
+
+
+# Each case: a batch, how the model reads the data of it, and features that the guide leaves in it.
+LEFT = {
+    "dict": (lambda x: {"image": x}, lambda b: b["image"], leave_signs),
+    "dict in a tuple": (
+        lambda x: ({"image": x}, None),
+        lambda b: b[0]["image"],
+        lambda b: leave_signs(b[0]),
+    ),
+    "list": (lambda x: [x], lambda b: b[0], append_signs),
+    "cached property": (Signed, lambda b: b.image, lambda b: b.signs),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_what_a_program_leaves_in_its_arguments_is_not_taken_for_that_of_a_dream(case):
+    wrap, pick, features = LEFT[case]
+    agree = []
+
+    def look(batch):
+        agree.append(torch.equal(features(batch), 2 * pick(batch) - 1))
+        return features(batch)
+
+    pair = Watched(pick, look)
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, SGD({"lr": 0.1}))
+    batch = wrap(images())
+    before = layout(batch)
+    for _ in range(3):
+        symeq.step(batch)
+    assert agree and all(agree)
+    assert layout(batch) == before
 
 
 def test_the_guide_is_scored_at_the_very_dream():
@@ -306,6 +360,45 @@ def test_covariates_pass_through():
     assert all(c is covariate for c in seen)
 
 
+SPARSE = {
+    "coordinates": lambda: torch.eye(B).to_sparse(),
+    "as large as the data": lambda: torch.ones(B, D).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor(
+        [torch.ones(2), torch.ones(3)], layout=torch.jagged
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ["tensor", "cast to a wider float", "part of a wider one"])
+@pytest.mark.parametrize("covariate", SPARSE.values(), ids=SPARSE.keys())
+def test_sparse_covariates_pass_through(covariate, case):
+    wrap, pick = CASES[case]
+    pair = Watched(lambda c, x: pick(x), look=lambda c, x: pick(x))
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, SGD({"lr": 0.1}))
+    c = covariate()
+    for _ in range(2):
+        (x,), _ = wrap(images())
+        symeq.step(c, x)
+    assert all(args[0] is c for args, _ in pair.seen)
+
+
+def test_sparse_data_need_a_function():
+    pair, x = Watched(lambda x: x.to_dense()), images().to_sparse()
+
+    def bind(trace, args, kwargs):
+        return (trace.nodes["x"]["value"].to_sparse(),), kwargs
+
+    optim = SGD({"lr": 0.1})
+    with pytest.raises(ValueError, match=r"No argument holds.*function bind="):
+        SymmetricEquilibrium(pair.model, pair.guide, optim).step(x)
+    with pytest.raises(ValueError, match="'args.0', a sparse or nested tensor.*function bind="):
+        SymmetricEquilibrium(pair.model, pair.guide, optim, bind={"args.0": "x"}).step(x)
+    pair.seen.clear()
+    SymmetricEquilibrium(pair.model, pair.guide, optim, bind=bind).step(x)
+    (dream,), _ = pair.seen[-1]
+    assert dream.is_sparse and dream is not x
+
+
 def test_another_kind_of_batch_is_bound_anew():
     """A switch decides which argument is observed; each kind of call has its own binding."""
     pair = Watched(lambda a, b, swap: b if swap else a)
@@ -428,9 +521,15 @@ class TestErrors:
         self.refuse(pair.model, pair.guide, x, x, match="Several arguments hold.*args.0.*args.1")
 
     def test_two_equal_casts(self):
-        pair = Watched(lambda a, b: a.double())
+        """The model reads one of them through NumPy, where it can't be followed."""
+        pair = Watched(lambda a, b: torch.from_numpy(a.numpy()).double())
         x = images(dtype=torch.uint8)
         self.refuse(pair.model, pair.guide, x, x.bool(), match="Several arguments hold")
+
+    def test_two_casts_of_one_tensor(self):
+        pair = Watched(lambda a, b: a.double())
+        x = images(dtype=torch.uint8)
+        self.refuse(pair.model, pair.guide, x, x.flatten(), match="Several arguments hold")
 
     def test_a_computed_value(self):
         pair = Watched(lambda x: 1 - x, look=lambda x: x)
@@ -512,6 +611,21 @@ class TestErrors:
             model, pair.guide, images(), match=r"shape \(4, 1\).* argument 'x' with shape \(4, 3\)"
         )
 
+    def test_a_dream_out_of_the_range_of_bytes(self):
+        def model(x):
+            with pyro.plate("data", B):
+                z = pyro.sample("z", dist.Bernoulli(0.5))
+                law = dist.Poisson(400 + z[:, None].expand(B, D)).to_event(1)
+                pyro.sample("x", law, obs=x.double())
+
+        pair = Watched(lambda x: x)
+        self.refuse(
+            model,
+            pair.guide,
+            images(dtype=torch.uint8),
+            match="range of torch.uint8, 0 to 255, .* as floats",
+        )
+
     def test_a_cast_that_rounds(self):
         def model(x):
             with pyro.plate("data", B):
@@ -534,6 +648,55 @@ def test_walking_and_putting():
             "new" if p == path else value for p, value in paths.items()
         ]
         assert dict(leaves(tree)) == paths
+
+
+def test_a_run_has_containers_of_its_own():
+    x, other = torch.ones(2), object()
+    for tree in (({"a": [x]}, other), [Signed(x)], {"b": Named({}, x)}, (Batch([x]), None)):
+        twin = own(tree)
+        assert layout(twin) == layout(tree)
+        assert all(a is b for (_, a), (_, b) in zip(leaves(twin), leaves(tree), strict=True))
+        assert twin is not tree
+    nest = {"a": {}, "b": [{}]}
+    twin = own((nest,))[0]
+    twin["a"]["c"] = twin["b"][0]["c"] = 1
+    assert nest == {"a": {}, "b": [{}]}
+    plain = (x, other, nn.Linear(1, 1))
+    assert own(plain) is plain
+
+
+@dataclasses.dataclass
+class Counts:
+    x: torch.Tensor
+    size: torch.Tensor
+    is_scaled: dataclasses.InitVar[bool] = False
+
+    def __post_init__(self, is_scaled):
+        self.total = self.x.sum().item()
+        if is_scaled:
+            self.size = self.size / 2
+
+
+@dataclasses.dataclass
+class Halved(Counts):
+    is_scaled: dataclasses.InitVar[bool] = True
+
+
+def test_what_a_dataclass_computes_is_that_of_the_dream():
+    signed, counts = Signed(torch.zeros(2)), Counts(torch.ones(2), torch.ones(1))
+    assert signed.signs.sum() == -2
+    assert put(signed, ("image",), torch.ones(2)).signs.sum() == 2
+    changed = put(counts, ("x",), torch.zeros(2))
+    assert (counts.total, changed.total) == (2, 0)
+    assert changed.size is counts.size
+
+
+def test_a_dataclass_does_not_compute_a_field_twice():
+    halved = Halved(torch.ones(2), torch.ones(1))
+    changed = put(halved, ("x",), torch.zeros(2))
+    assert changed.x.sum() == 0
+    assert changed.size is halved.size
+    assert halved.size == 0.5
 
 
 def test_names_are_those_of_the_signature():
@@ -605,6 +768,33 @@ def test_what_lies_elsewhere_is_no_part(case):
     halves = torch.cat([leaf, leaf]).split(len(leaf))
     assert find(view(halves[0]), (halves, {})) == [(0, 0)]
     assert find(view(halves[1]), (halves, {})) == [(0, 1)]
+
+
+@pytest.mark.parametrize("observe", [lambda x: x, lambda x: x.double(), lambda x: x[1:]])
+@pytest.mark.parametrize("wrong", [256.0, -1.0, torch.nan])
+def test_integers_take_no_dream_out_of_their_range(observe, wrong):
+    x = torch.arange(3, dtype=torch.uint8)
+    seen = observe(x)
+    fits = torch.full(seen.shape, 255.0)
+    assert (substitute(x, seen, fits, x)[1:] == 255).all()
+    fits[-1] = wrong
+    with pytest.raises(ValueError, match="range of torch.uint8, 0 to 255, .* wider type"):
+        substitute(x, seen, fits, x)
+    with pyro.validation_enabled(False):  # a GPU would have to wait
+        substitute(x, seen, fits, x)
+
+
+def test_a_cast_is_of_the_argument_that_the_model_reads():
+    """Another one has the same elements by chance, and is left alone."""
+    pair = Watched(lambda a, b: b.double())
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, SGD({"lr": 0.1}))
+    x = images(dtype=torch.uint8)
+    symeq.step(x, x.clone())
+    pair.seen.clear()
+    symeq.step(x, x.clone())
+    (other, dream), _ = pair.seen[-1]
+    assert other is x
+    assert not torch.equal(dream, x)
 
 
 def test_a_dict_stands_for_a_computed_value_of_the_same_size():

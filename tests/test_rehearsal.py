@@ -161,6 +161,18 @@ def test_guide_that_closes_over_its_data():
     refuse(pair, "ignores the data")
 
 
+def test_guide_that_reads_what_the_model_has_left():
+    class Leaving(Pair):
+        def model(self, x):
+            self.left = x
+            super().model(x)
+
+        def posterior(self, x):
+            return super().posterior(self.left)
+
+    refuse(Leaving(), r"The guide ignores the data: it never reads the values of \['x'\]")
+
+
 def test_a_guide_that_starts_at_zero_reads_the_data_all_the_same():
     pair = Pair()
     nn.init.zeros_(pair.encoder.weight)
