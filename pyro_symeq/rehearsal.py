@@ -8,7 +8,7 @@ that cannot learn before anything moves.
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -399,15 +399,28 @@ class _Rehearsal:
                 )
 
     def refuse_reading_data(self, call: Call) -> None:
-        """Checks that the laws of the model are the same at the dream as at the data."""
-        at_data = self.laws(self.call)
-        differing = _other_laws(at_data, self.laws(call), self.dream.trace)
-        if differing and not _other_laws(at_data, self.laws(self.call), self.dream.trace):
+        """Checks that the laws of the model are the same at the dream as at the data.
+
+        They are looked at once more with other parameters: a coefficient that starts at 0 hides
+        what it multiplies.
+        """
+        differing = self.reading_data(call)
+        if not differing:
+            moved = _moved(self.dream.trace.parameters.values())
+            with suppress(ValueError, RuntimeError), moved:  # not all parameters make a law
+                differing = self.reading_data(call)
+        if differing:
             raise ValueError(
                 f"The model's law of {differing} depends on the data in its arguments, so a dream "
                 "would be drawn from real data in part. Let the model go by what it draws, "
                 'x = pyro.sample("x", ..., obs=x), and read the data of its arguments by obs= alone.'
             )
+
+    def reading_data(self, call: Call) -> list[str]:
+        """The sites whose law is another at the dream, and the same whenever the data are."""
+        at_data, dream = self.laws(self.call), self.dream.trace
+        differing = _other_laws(at_data, self.laws(call), dream)
+        return [] if _other_laws(at_data, self.laws(self.call), dream) else differing
 
     def laws(self, call: Call) -> dict[str, Any]:
         """The laws of the model's sites that have a density, at the values of the dream."""
@@ -552,6 +565,22 @@ def _other_laws(a: Mapping[str, Any], b: Mapping[str, Any], dream: Record) -> li
         for name, law in a.items()
         if name in b and not _same_law(law, b[name], passes.value(dream, name))
     ]
+
+
+@contextmanager
+def _moved(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Moves parameters a little, those that are 0 too; others keep their signs."""
+    before = {leaf: leaf.detach().clone() for leaf in parameters}
+    try:
+        with torch.no_grad(), randomness.kept():
+            for leaf in before:
+                factor = 1 + torch.rand_like(leaf) / 10
+                leaf.copy_(torch.where(leaf == 0, factor / 10, leaf * factor))
+        yield
+    finally:
+        with torch.no_grad():
+            for leaf, value in before.items():
+                leaf.copy_(value)
 
 
 def _depends_on_parameters(site: Site) -> bool:

@@ -93,13 +93,17 @@ def previous(x):
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], -1)
 
 
-def test_model_that_goes_by_the_data_and_not_by_what_it_draws():
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_model_that_goes_by_the_data_and_not_by_what_it_draws(weight):
+    """Also where a parameter hides it that is 0 at first."""
+
     class Forced(Pair):
         def model(self, x):
             pyro.module("decoder", self.decoder)
+            factor = pyro.param("factor", torch.tensor(weight))
             with pyro.plate("data", len(x)):
                 z = pyro.sample("z", self.prior)
-                loc = self.decoder(z) + previous(x)
+                loc = self.decoder(z) + factor * previous(x)
                 pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
 
     refuse(Forced(), r"The model's law of \['x'\] depends on the data in its arguments")
@@ -129,6 +133,24 @@ def test_model_that_goes_by_a_label_and_not_by_what_it_draws():
         SymmetricEquilibrium(pair.model, pair.guide, optim).step(X, y)
     pair.is_forced = False
     SymmetricEquilibrium(pair.model, pair.guide, optim).step(X, y)
+
+
+def test_parameters_that_can_only_be_what_they_are_are_left_alone():
+    """The look at other parameters fails then, and leaves no trace."""
+
+    class Strict(Pair):
+        def likelihood(self, z):
+            scale = pyro.param("scale", torch.tensor(0.5))
+            if scale != 0.5:
+                raise ValueError("The scale has moved.")
+            return dist.Normal(self.decoder(z), scale).to_event(1)
+
+    pair = Strict()
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, Adam({"lr": 0.1}))
+    before = {name: value.clone() for name, value in pair.state_dict().items()}
+    symeq.evaluate_loss(X)
+    assert pyro.param("scale") == 0.5
+    assert all(torch.equal(value, before[name]) for name, value in pair.state_dict().items())
 
 
 @pytest.mark.parametrize("noise", [torch.rand, lambda n: next(COUNTED).expand(n)])
