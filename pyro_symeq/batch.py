@@ -35,8 +35,11 @@ class Batch:
             weight: How much its utilities count.
 
         Raises:
+            TypeError: The weight is no number.
             ValueError: The weight is negative or not finite.
         """
+        if not hasattr(weight, "__float__"):
+            raise TypeError(f"Expected a number as the weight, got {type(weight).__name__}.")
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"Expected a finite weight of at least 0, got {weight!r}.")
         args, kwargs = self.call
@@ -56,9 +59,15 @@ def batches(call: Call) -> list[Batch]:
     """The parts of a step; plain arguments are a single one.
 
     Raises:
-        TypeError: Batches are mixed with plain arguments.
+        TypeError: Batches are mixed with plain arguments, or come in a container.
     """
     args, kwargs = call
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Batch):
+            raise TypeError(
+                f"Expected the batches of a step one by one, got a {type(value).__name__} of them. "
+                "Give them as step(Batch(...), Batch(...)), or step(*batches)."
+            )
     are_batches = [isinstance(value, Batch) for value in (*args, *kwargs.values())]
     if not any(are_batches):
         return [Batch(*args, **kwargs)]

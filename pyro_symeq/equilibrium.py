@@ -302,9 +302,15 @@ def whose(parameters: Mapping[str, Own] | None) -> Mapping[str, Own]:
     """What players claim, by their names.
 
     Raises:
+        TypeError: They are not by name.
         ValueError: There is no such player.
     """
-    own = parameters or {}
+    own = {} if parameters is None else parameters
+    if not isinstance(own, Mapping):
+        raise TypeError(
+            "Expected parameters to be a dict of networks by player, such as "
+            f"{{'encoder': network}}, got {type(own).__name__}."
+        )
     if unknown := own.keys() - {"decoder", "encoder"}:
         raise ValueError(
             f"parameters= names {sorted(unknown)}; the players are 'decoder' and 'encoder'."

@@ -1,7 +1,7 @@
 """A model and a guide, with the utilities of the decoder and the encoder of a game."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -195,9 +195,23 @@ class Pair:
     def _look(self, call: Call, misfit: Run | None, pattern: Pattern | None) -> Pattern:
         """Finds the pattern of a call, or of one more way that a run of its model can take."""
         like = None if misfit is None else misfit.trace
-        found, run = rehearse(self.model, self.guide, call, self.bind, like)
+        try:
+            found, run = rehearse(self.model, self.guide, call, self.bind, like)
+        except (KeyError, NotImplementedError):
+            self._refuse_without_density(call)
+            raise
         self.draws.note(run.trace)
         return found if pattern is None else pattern.extended(found, run)
+
+    def _refuse_without_density(self, call: Call) -> None:
+        """Checks that the sites of both programs can be scored at values that they are given.
+
+        Raises:
+            ValueError: One can't.
+        """
+        with aside(), torch.no_grad(), suppress(KeyError, NotImplementedError):
+            _score_all(passes.dream(self.model, call).trace)
+            _score_all(passes.fill_in(self.guide, call, {}))
 
     def _decoder(self, play: Play, pattern: Pattern, call: Call) -> Tensor:
         _, run = self._wake(pattern, call)
@@ -310,6 +324,11 @@ class Pair:
     def _expect(self, pattern: Pattern, run: Run, call: Call) -> None:
         if not pattern.fits(run, call):
             raise _Misfit(run)
+
+
+def _score_all(trace: Record) -> None:
+    sites = trace.variables.items()
+    passes.log_probs(trace, [name for name, site in sites if not passes.is_implicit(site)])
 
 
 def _scored(pattern: Pattern, run: Run) -> Scored:

@@ -384,6 +384,15 @@ def _elements(site: Site) -> tuple[Tensor, int]:
         return fn.log_prob(site["value"], *site["args"], **site["kwargs"]), num_dims
     except ValueError as error:
         raise ValueError(f"No log-probability at site '{site['name']}': {error}") from error
+    except (KeyError, NotImplementedError) as error:
+        if not _is_transformed(fn):
+            raise
+        raise ValueError(
+            f"No log-probability at site '{site['name']}' of values that its law did not draw: a "
+            f"transform has no inverse ({error}). Each program is scored at draws of the other. "
+            "Take transforms with an inverse, such as affine or spline flows, autoregressive or "
+            "coupling."
+        ) from error
 
 
 def _sum(log_prob: Tensor, num_dims: int | None = None) -> Tensor:
@@ -415,6 +424,13 @@ def in_support(fn: Any, value: Tensor) -> bool:
 def is_implicit(site: Site) -> bool:
     """Whether the distribution of a site, under its wrappers, has no density."""
     return isinstance(base(site["fn"]), Implicit)
+
+
+def _is_transformed(fn: Any) -> bool:
+    """Whether a distribution, under its wrappers, transforms draws of another."""
+    while not hasattr(fn, "transforms") and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return hasattr(fn, "transforms")
 
 
 def is_point(site: Site) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import torch
 from pyro.infer.util import is_validation_enabled
@@ -24,7 +25,7 @@ from pyro_symeq.binding import (
 from pyro_symeq.nonfinite import NotFiniteError
 from pyro_symeq.passes import Observation, Observations, Run
 from pyro_symeq.provenance import Picks, put_back, subsampled_dim
-from pyro_symeq.tracing import Record
+from pyro_symeq.tracing import UNOBSERVED, Record
 
 NEVER_SAMPLES = (
     "The guide never samples {sites}, which the model does. Sample these sites in the guide too, "
@@ -252,7 +253,7 @@ class Pattern:
         """Checks that the guide gave a value to each site that the model did not observe.
 
         Raises:
-            ValueError: A latent is missing from the guide.
+            ValueError: A latent is missing from the guide, or has another shape there.
         """
         forgotten = [
             name
@@ -261,13 +262,17 @@ class Pattern:
         ]
         if forgotten:
             raise ValueError(NEVER_SAMPLES.format(sites=forgotten))
+        drawn = completion.variables
+        for name, site in trace.variables.items():
+            if name in drawn and not (site["is_observed"] or drawn[name]["is_observed"]):
+                _check_shapes(name, site["fn"].shape(), site["value"].shape)
 
     def check_dreamed(self, dream: Record, trace: Record) -> None:
         """Checks that the guide samples the latents of a dream, and nothing else that counts.
 
         Raises:
-            ValueError: A latent is missing from the guide, the model lacks a site of the guide, or
-                the guide has factors.
+            ValueError: A latent is missing from the guide or has another shape there, the model
+                lacks a site of the guide, or the guide has factors.
         """
         sampled = dict(trace.variables.items())
         known = self.observed | self.missing | sampled.keys()
@@ -293,6 +298,28 @@ class Pattern:
             raise ValueError(
                 "The guide samples no latent of the model, so there is nothing to score it at. "
                 "Sample the model's latents in the guide."
+            )
+        for name, site in dream.variables.items():
+            guided = sampled.get(name + UNOBSERVED if name in self.filled else name)
+            if guided is not None and hasattr(guided["fn"], "shape"):
+                _check_shapes(name, site["fn"].shape(), guided["fn"].shape())
+
+
+def _check_shapes(name: str, in_model: torch.Size, in_guide: torch.Size) -> None:
+    """Checks that both programs draw as much at a site, apart from dimensions of size 1 in front.
+
+    Draws that broadcast would count as often as they are repeated.
+
+    Raises:
+        ValueError: They don't.
+    """
+    if in_model != in_guide:
+        sizes = zip_longest(reversed(in_model), reversed(in_guide), fillvalue=1)
+        if any(a != b for a, b in sizes):
+            raise ValueError(
+                f"The site '{name}' has shape {tuple(in_model)} in the model and "
+                f"{tuple(in_guide)} in the guide, so one can't be scored at draws of the other. "
+                "Put it in the same plates in both programs, with distributions of the same shape."
             )
 
 

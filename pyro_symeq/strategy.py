@@ -96,7 +96,11 @@ class Strategy:
             parameters: The parameters that move.
             gradients: Their gradients.
             found_inf: A number on their device; fused optimisers stay where they are if it's 1.
+
+        Raises:
+            ValueError: The optimiser goes by names that parameters lack; none has moved.
         """
+        self._refuse_nameless(parameters)
         by_leaf = dict(zip(parameters.values(), gradients, strict=True))  # names may share one
         self.remember(by_leaf)
         try:
@@ -259,10 +263,28 @@ class Strategy:
             kept = copy.deepcopy(self.pending["optim"].pop(name))  # as moves change it in place
             _load_optimizer_state(self.optim.optim_objs[leaf], kept)
 
+    def _refuse_nameless(self, parameters: Mapping[str, Tensor]) -> None:
+        if not (self._goes_by_names and self.grouped.is_plain):
+            return
+        nameless = [
+            name
+            for name, leaf in parameters.items()
+            if not (leaf in self.optim.optim_objs or self._can_create(leaf))
+        ]
+        if nameless:
+            raise ValueError(
+                f"The optimiser of the {self.name} goes by the names of parameters, and the "
+                f"parameter store has none for {nameless}. Register their network in the program "
+                '(pyro.module("name", network)), or give the optimiser a dict of settings.'
+            )
+
     def _can_create(self, leaf: Tensor) -> bool:
         """Whether a parameter has its name in the store, if the optimiser's settings go by names."""
-        settings = self.optim.pt_optim_args, self.optim.pt_clip_args
-        return not any(map(callable, settings)) or bool(pyro.get_param_store().param_name(leaf))
+        return not self._goes_by_names or bool(pyro.get_param_store().param_name(leaf))
+
+    @property
+    def _goes_by_names(self) -> bool:
+        return callable(self.optim.pt_optim_args) or callable(self.optim.pt_clip_args)
 
 
 def _optimizer_state(optimizer: Any) -> State:

@@ -15,6 +15,7 @@ The decoder moves :math:`\theta` and the encoder :math:`\varphi` only.
 
 import math
 from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ from pyro_symeq.rehearsal import Bind
 
 __all__ = ["SymmetricUtility"]
 
+Identity = tuple[int, ...]
+
 NUM_KEPT = 8  # pairs: handlers that are put around programs in each step make new ones
 
 
@@ -50,6 +53,13 @@ class _Attach(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return None, None, *(upstream * gradient for gradient in ctx.saved_tensors)
+
+
+def _identity(program: Program) -> Identity:
+    """Tells existing programs apart, hashable or not; a method is made anew at each look."""
+    if isinstance(program, MethodType):
+        return id(program.__self__), id(program.__func__)
+    return (id(program),)
 
 
 def attach(value: Tensor, gradients: Mapping[Tensor, Tensor]) -> Tensor:
@@ -146,7 +156,7 @@ class SymmetricUtility(ELBO):
             None if math.isinf(max_plate_nesting) else int(max_plate_nesting),
         )
         self.supervise_encoder = supervise_encoder
-        self._known: dict[tuple[Program, Program], tuple[Pair, Stage]] = {}
+        self._known: dict[tuple[Identity, Identity], tuple[Pair, Stage]] = {}
 
     def __call__(self, model: Program, guide: Program) -> ELBOModule:
         """A module whose output is the loss of a model and a guide."""
@@ -165,14 +175,15 @@ class SymmetricUtility(ELBO):
         return self._on_stage(model, guide)[0]
 
     def _on_stage(self, model: Program, guide: Program) -> tuple[Pair, Stage]:
-        if (model, guide) not in self._known:
+        key = _identity(model), _identity(guide)
+        if key not in self._known:
             if len(self._known) >= NUM_KEPT:
                 self._known.clear()
             pair = Pair(model, guide, self.bind, self.supervise_encoder, self.draws)
             utilities = {"decoder": pair.decoder, "encoder": pair.encoder}
             stage = Stage({"decoder": model, "encoder": guide}, utilities)
-            self._known[model, guide] = pair, stage
-        return self._known[model, guide]
+            self._known[key] = pair, stage
+        return self._known[key]
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> SymmetricLoss:
         r"""Estimates :math:`-(L_p + L_q)` (nats) without a gradient."""

@@ -65,9 +65,23 @@ def test_batches_and_plain_arguments_do_not_mix(call):
         symeq.step(*args, **kwargs)
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_batches_come_one_by_one(kind):
+    ladder = Ladder()
+    symeq = SymmetricEquilibrium(ladder.model, ladder.guide, SGD({"lr": 0.1}))
+    with pytest.raises(TypeError, match=f"one by one, got a {kind.__name__} of them"):
+        symeq.step(kind([Batch(X), Batch(X)]))
+
+
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_bad_weights_are_refused(weight):
     with pytest.raises(ValueError, match="finite weight of at least 0"):
+        Batch(X).weighted(weight)
+
+
+@pytest.mark.parametrize("weight", ["a", None, 1j])
+def test_weights_of_another_kind_are_refused(weight):
+    with pytest.raises(TypeError, match=f"a number as the weight, got {type(weight).__name__}"):
         Batch(X).weighted(weight)
 
 

@@ -1,9 +1,10 @@
-"""Implicit distributions."""
+"""Implicit distributions, and those without an inverse."""
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions import transforms
 from pyro.optim import SGD, Adam
 from torch import nn
 
@@ -165,3 +166,64 @@ def test_a_pair_learns_with_a_prior_that_can_only_be_sampled(device):
     start, end = errors[0], torch.stack(errors[-20:]).mean(0)
     assert (start > 0.5).all()
     assert (end < 0.2 * start).all()
+
+
+class FlowingPair(Pair):
+    """A pair whose prior, or whose guide, is a flow."""
+
+    def __init__(self, flow, flows_in_guide):
+        law = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        super().__init__(law if flows_in_guide else dist.TransformedDistribution(law, [flow]))
+        self.flow, self.flows_in_guide = flow, flows_in_guide
+
+    def model(self, x):
+        if not self.flows_in_guide:
+            pyro.module("flow", self.flow)
+        super().model(x)
+
+    def guide(self, x):
+        if not self.flows_in_guide:
+            super().guide(x)
+            return
+        pyro.module("encoder", self.encoder)
+        pyro.module("flow", self.flow)
+        law = dist.Normal(self.encoder(x)[:, :2], 1.0).to_event(1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.TransformedDistribution(law, [self.flow]))
+
+
+@pytest.mark.parametrize("kind", [transforms.planar, transforms.radial, transforms.sylvester])
+@pytest.mark.parametrize("flows_in_guide", [False, True])
+def test_flows_need_an_inverse(kind, flows_in_guide):
+    """A flow remembers where its own draws come from, but is scored at the other player's."""
+    pair = FlowingPair(kind(2), flows_in_guide)
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, SGD({"lr": 0.1}))
+    with pytest.raises(ValueError, match="at site 'z' of values that its law did not draw: .*inv"):
+        symeq.step(torch.randn(4, 3))
+
+
+def test_flows_of_latents_that_all_rows_share_need_an_inverse():
+    flow, network = transforms.planar(2), nn.Linear(3, 2)
+    law, ones = dist.Normal(torch.zeros(2), 1.0).to_event(1), torch.ones(2, 3)
+
+    def model(x):
+        w = pyro.sample("w", law)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", law)
+            pyro.sample("x", dist.Normal((w + z) @ ones, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("flow", flow)
+        pyro.sample("w", dist.TransformedDistribution(law, [flow]))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(network(x), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="at site 'w' of values that its law did not draw"):
+        SymmetricEquilibrium(model, guide, SGD({"lr": 0.1})).step(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("flows_in_guide", [False, True])
+def test_flows_with_an_inverse_learn(flows_in_guide):
+    pair = FlowingPair(transforms.affine_autoregressive(2, [8]), flows_in_guide)
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, SGD({"lr": 0.01}))
+    assert symeq.step(torch.randn(4, 3)) < torch.inf

@@ -482,3 +482,148 @@ def test_what_a_player_claims_is_its_own():
 
     with pytest.raises(ValueError, match="parameters= names \\['guide'\\]"):
         SymmetricEquilibrium(model, guide, SGD({"lr": 0.1}), parameters={"guide": shared})
+    with pytest.raises(TypeError, match="dict of networks by player, .*, got Linear"):
+        SymmetricEquilibrium(model, guide, SGD({"lr": 0.1}), parameters=shared)
+
+
+def pair_at(z_in_model, z_in_guide):
+    """A model and a guide, each with its way to sample z."""
+    decoder, encoder = nn.Linear(2, 4), nn.Linear(4, 2)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        z = z_in_model(len(x), x.new_zeros(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(decoder(z.expand(len(x), 2)), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        z_in_guide(len(x), encoder(x))
+
+    return model, guide
+
+
+def in_plate(num_rows, loc):
+    with pyro.plate("rows", num_rows):
+        return pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+
+def in_narrow_plate(num_rows, loc):
+    return in_plate(num_rows, loc[..., :1])
+
+
+def for_all(num_rows, loc):
+    return pyro.sample("z", dist.Normal(loc.reshape(-1, 2).mean(0), 1.0).to_event(1))
+
+
+def for_all_in_a_row(num_rows, loc):
+    return pyro.sample("z", dist.Normal(loc.mean(0, keepdim=True), 1.0).to_event(1))
+
+
+def without_plate(num_rows, loc):
+    return pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+
+@pytest.mark.parametrize(
+    ("z_in_model", "z_in_guide", "shapes"),
+    [
+        (in_plate, for_all, r"\(5, 2\) in the model and \(2,\) in the guide"),
+        (in_plate, for_all_in_a_row, r"\(5, 2\) in the model and \(1, 2\) in the guide"),
+        (in_plate, in_narrow_plate, r"\(5, 2\) in the model and \(5, 1\) in the guide"),
+        (in_narrow_plate, in_plate, r"\(5, 1\) in the model and \(5, 2\) in the guide"),
+        (for_all, in_plate, r"\(2,\) in the model and \(5, 2\) in the guide"),
+    ],
+)
+@pytest.mark.parametrize("is_vectorized", [False, True])
+def test_draws_that_would_broadcast_are_refused(z_in_model, z_in_guide, shapes, is_vectorized):
+    model, guide = pair_at(z_in_model, z_in_guide)
+    utility = SymmetricUtility(
+        num_particles=2, num_proposals=3, vectorize_particles=is_vectorized, max_plate_nesting=1
+    )
+    symeq = SymmetricEquilibrium(model, guide, SGD({"lr": 0.1}), utility)
+    with pytest.raises(ValueError, match=f"The site 'z' has shape {shapes}"):
+        symeq.step(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize(
+    ("z_in_model", "z_in_guide"), [(in_plate, without_plate), (for_all, for_all_in_a_row)]
+)
+def test_equal_shapes_may_come_of_other_statements(z_in_model, z_in_guide):
+    model, guide = pair_at(z_in_model, z_in_guide)
+    symeq = SymmetricEquilibrium(model, guide, SGD({"lr": 0.01}))
+    assert symeq.step(torch.randn(5, 4)) < torch.inf
+
+
+@pytest.mark.parametrize("num_proposals", [1, 2])
+@pytest.mark.parametrize("is_vectorized", [False, True])
+def test_shapes_are_compared_where_a_site_is_observed_in_part(num_proposals, is_vectorized):
+    """The guide samples the other part by Pyro's name for it, beside a latent of all rows."""
+    decoder, encoder = nn.Linear(2, 4), nn.Linear(4, 2)
+    mask = torch.tensor([True, False, True])
+
+    def model(x, z):
+        pyro.module("decoder", decoder)
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("rows", len(x)):
+            law = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+            z = pyro.sample("z", law, obs=z, obs_mask=mask)
+            pyro.sample("x", dist.Normal(decoder(z + w), 1.0).to_event(1), obs=x)
+
+    def guide_of(width):
+        def guide(x, z):
+            pyro.module("encoder", encoder)
+            pyro.sample("w", dist.Normal(encoder(x).mean(0), 1.0).to_event(1))
+            with pyro.plate("rows", len(x)):
+                pyro.sample("z_unobserved", dist.Normal(encoder(x)[:, :width], 1.0).to_event(1))
+
+        return guide
+
+    utility = SymmetricUtility(
+        num_particles=2, num_proposals=num_proposals, vectorize_particles=is_vectorized
+    )
+    x, z = torch.randn(3, 4), torch.randn(3, 2)
+    assert utility.loss(model, guide_of(2), x, z) < torch.inf
+    with pytest.raises(ValueError, match=r"'z' has shape \(3, 2\) .* \(3, 1\) in the guide"):
+        utility.loss(model, guide_of(1), x, z)
+
+
+def test_shapes_are_compared_in_each_step():
+    """What the guide does with later data is as wrong as what it does with the first."""
+
+    def by_value(num_rows, loc):
+        return in_plate(num_rows, loc) if loc.abs().sum() > 0 else for_all(num_rows, loc)
+
+    model, guide = pair_at(in_plate, by_value)
+    symeq = SymmetricEquilibrium(model, guide, SGD({"lr": 0.01}))
+    symeq.step(torch.randn(5, 4))
+    guide_bias = pyro.get_param_store()["encoder$$$bias"]
+    guide_bias.data.zero_()
+    with pytest.raises(ValueError, match=r"\(5, 2\) in the model and \(2,\) in the guide"):
+        symeq.step(torch.zeros(5, 4))
+
+
+def test_parameters_without_names_need_settings_without_names():
+    decoder, encoder = nn.Linear(2, 4), nn.Linear(4, 2)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
+
+    x, own = torch.randn(5, 4), {"encoder": encoder}
+    by_name = Adam(lambda name: {"lr": 0.1})
+    before = clone([*decoder.parameters(), *encoder.parameters()])
+    symeq = SymmetricEquilibrium(model, guide, by_name, parameters=own)
+    message = r"The optimiser of the encoder goes by the names .* none for \['weight', 'bias'\]"
+    with pytest.raises(ValueError, match=message):
+        symeq.step(x)
+    assert identical([*decoder.parameters(), *encoder.parameters()], before)
+    assert not by_name.optim_objs
+
+    SymmetricEquilibrium(model, guide, (by_name, Adam({"lr": 0.1})), parameters=own).step(x)
+    assert not identical(encoder.parameters(), before[2:])

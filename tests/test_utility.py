@@ -3,6 +3,8 @@
 import gc
 import pickle
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pyro
 import pytest
@@ -230,3 +232,23 @@ def test_programs_of_former_steps_are_not_kept():
     del model, guide
     gc.collect()
     assert sum(program() is not None for program in programs) <= 16
+
+
+@dataclass
+class Program:
+    """A program that can't be hashed, as dataclasses that can be compared can't."""
+
+    statements: Callable
+
+    def __call__(self, x):
+        self.statements(x)
+
+
+def test_programs_may_be_unhashable():
+    ladder, utility = Ladder(), SymmetricUtility()
+    model, guide = Program(ladder.model), Program(ladder.guide)
+    assert utility.stage(model, guide) is utility.stage(model, guide)
+    assert utility.stage(model, guide) is not utility.stage(Program(ladder.model), guide)
+    assert utility.stage(model.__call__, guide) is utility.stage(model.__call__, guide)
+    assert SymmetricEquilibrium(model, guide, SGD({"lr": 0.1})).step(X) < torch.inf
+    assert utility.differentiable_loss(model, guide, X).requires_grad
