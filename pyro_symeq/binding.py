@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 Path = tuple[Any, ...]
@@ -303,25 +302,6 @@ def copied(x: Tensor, stride: tuple[int, ...] | None = None) -> Tensor:
     return twin.copy_(x)
 
 
-def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gives dreamed values the type of an argument.
-
-    Raises:
-        ValueError: With Pyro's validation on, that some are out of the range of integers.
-    """
-    is_integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-    if is_integer and value.dtype != dtype and is_validation_enabled():
-        info, exact = torch.iinfo(dtype), value.detach().double()
-        is_outside = ~((exact >= info.min) & (exact <= info.max))
-        if is_outside.any():
-            raise ValueError(
-                f"Expected dreams in the range of {dtype}, {info.min} to {info.max}, for an "
-                f"argument of this type, got {exact[is_outside][0].item():g}. Give the data in a "
-                "wider type or as floats, or let the model draw nothing out of their range."
-            )
-    return value.to(dtype)
-
-
 def substitute(leaf: Tensor, observed: Tensor, dreamed: Tensor, into: Tensor) -> Tensor | None:
     """Puts a dreamed value where an argument held the observed one.
 
@@ -336,12 +316,12 @@ def substitute(leaf: Tensor, observed: Tensor, dreamed: Tensor, into: Tensor) ->
     """
     is_view = share_storage(leaf, observed) and _covers(leaf, observed)
     if same_memory(leaf, observed) or (not is_view and leaf.numel() == dreamed.numel()):
-        return cast(dreamed, leaf.dtype).reshape(leaf.shape)
+        return dreamed.to(leaf.dtype).reshape(leaf.shape)
     if not is_view:
         return None
     twin = copied(into, leaf.stride())
     offset = observed.storage_offset() - leaf.storage_offset()
     twin.as_strided(observed.shape, observed.stride(), offset).copy_(
-        cast(dreamed, leaf.dtype).reshape(observed.shape)
+        dreamed.reshape(observed.shape)
     )
     return twin

@@ -381,7 +381,7 @@ def _elements(site: Site) -> tuple[Tensor, int]:
         num_dims += fn.reinterpreted_batch_ndims
         fn = fn.base_dist
     try:
-        return fn.log_prob(site["value"], *site["args"], **site["kwargs"]), num_dims
+        log_prob = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
     except ValueError as error:
         raise ValueError(f"No log-probability at site '{site['name']}': {error}") from error
     except (KeyError, NotImplementedError) as error:
@@ -393,6 +393,14 @@ def _elements(site: Site) -> tuple[Tensor, int]:
             "Take transforms with an inverse, such as affine or spline flows, autoregressive or "
             "coupling."
         ) from error
+    if log_prob.numel() != fn.batch_shape.numel():
+        raise ValueError(
+            f"The value at site '{site['name']}' has shape {tuple(site['value'].shape)} and its "
+            f"law has shape {tuple(site['fn'].shape())}, so the two would broadcast and count "
+            "several times. Give data the shape of their law; check with "
+            "poutine.trace(model).get_trace(...).format_shapes()."
+        )
+    return log_prob, num_dims
 
 
 def _sum(log_prob: Tensor, num_dims: int | None = None) -> Tensor:

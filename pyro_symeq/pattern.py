@@ -14,6 +14,7 @@ from pyro_symeq.binding import (
     Kind,
     Names,
     Path,
+    close,
     copied,
     equal,
     get,
@@ -24,7 +25,7 @@ from pyro_symeq.binding import (
 )
 from pyro_symeq.nonfinite import NotFiniteError
 from pyro_symeq.passes import Observation, Observations, Run
-from pyro_symeq.provenance import Picks, put_back, subsampled_dim
+from pyro_symeq.provenance import Picks, put_back, subsampled_dim, take
 from pyro_symeq.tracing import UNOBSERVED, Record
 
 NEVER_SAMPLES = (
@@ -220,9 +221,16 @@ class Pattern:
         filled = into
         for name in names:
             seen, dreamed = dream.observed[name], self._dreamed(name, path, dream)
+            self._check_range(name, path, dreamed, leaf.dtype)
             if self.places[name].kind == "pick" and seen.origin.path == path:
                 filled = copied(filled) if filled is into else filled
                 put_back(filled, seen.origin.picks, dreamed)
+                if is_validation_enabled() and not close(take(filled, seen.origin.picks), dreamed):
+                    raise ValueError(
+                        f"The model observes some elements of the argument '{self.names(path)}' "
+                        f"twice at site '{name}' and dreams other values each time, which don't "
+                        "both fit into it. Choose rows without replacement, or before the step."
+                    )
             elif (fitted := substitute(leaf, seen.value, dreamed, filled)) is not None:
                 filled = fitted
             else:
@@ -240,6 +248,25 @@ class Pattern:
         if dreamed.numel() != seen.value.numel():
             raise self._misfit(name, path, dreamed, seen.value)
         return dreamed if name in self.latents else replace(seen, value=dreamed).over(seen.value)
+
+    def _check_range(self, name: str, path: Path, dreamed: Tensor, dtype: torch.dtype) -> None:
+        """Checks that an argument of integers can hold a dream; costs a read, for validation.
+
+        Raises:
+            ValueError: It can't.
+        """
+        is_integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+        if not is_integer or dreamed.dtype == dtype or not is_validation_enabled():
+            return
+        info, exact = torch.iinfo(dtype), dreamed.double()
+        is_outside = ~((exact >= info.min) & (exact <= info.max))
+        if is_outside.any():
+            raise ValueError(
+                f"Expected dreams of site '{name}' in the range of {dtype}, {info.min} to "
+                f"{info.max}, the type of the argument '{self.names(path)}', got "
+                f"{exact[is_outside][0].item():g}. Give the data in a wider type or as floats, or "
+                "let the model draw nothing out of their range."
+            )
 
     def _misfit(self, name: str, path: Path, dreamed: Tensor, held: Tensor) -> ValueError:
         return ValueError(

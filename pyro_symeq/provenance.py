@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_symeq.binding import Call, Path, cast, leaves, share_storage
+from pyro_symeq.binding import Call, Path, leaves, share_storage
 
 CASTS = frozenset("bfloat16 cpu cuda double float half int long short to type type_as".split())
 IN_ORDER = CASTS | frozenset(
@@ -70,7 +70,7 @@ class Pick:
             numbers = torch.arange(x.numel(), device=x.device).reshape(x.shape)
             x.put_(self(numbers), part)
         elif self.name in CASTS:  # what stays the same is not rounded
-            x.copy_(torch.where(part == self(x), x, cast(part, x.dtype)))
+            x.copy_(torch.where(part == self(x), x, part.to(x.dtype)))
         else:
             x.copy_(part.reshape(x.shape))
 
@@ -88,7 +88,7 @@ def take(x: Tensor, picks: Picks) -> Tensor:
 def put_back(x: Tensor, picks: Picks, value: Tensor) -> None:
     """Writes values to the elements that a chain of picks takes, in place."""
     if not picks:
-        x.copy_(cast(value, x.dtype).reshape(x.shape))
+        x.copy_(value.reshape(x.shape))
         return
     part = picks[0](x)
     put_back(part, picks[1:], value)

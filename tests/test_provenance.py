@@ -74,24 +74,6 @@ def test_what_a_cast_rounds_away_stays_where_nothing_was_put():
     assert filled.tolist() == [0.25, 7.0, 2.75]
 
 
-OF_BYTES = {
-    "rows": lambda x: x[IND],
-    "cast rows": lambda x: x[IND].float(),
-    "rows of a cast": lambda x: x.float()[IND],
-}
-
-
-@pytest.mark.parametrize("pick", OF_BYTES.values(), ids=OF_BYTES.keys())
-def test_nothing_out_of_the_range_of_integers_is_put_back(pick):
-    x = torch.arange(6, dtype=torch.uint8)
-    with follow(((x,), {})) as followed:
-        value = pick(x)
-    picks = followed.origin(value).picks
-    put_back(x.clone(), picks, torch.tensor([0.0, 255.0, 7.0]))
-    with pytest.raises(ValueError, match="range of torch.uint8, 0 to 255, .* got 256"):
-        put_back(x.clone(), picks, torch.tensor([0.0, 256.0, 7.0]))
-
-
 STEPS = {
     "index": lambda x, draw: x[draw(indices(len(x)))],
     "flip": lambda x, draw: x.flip(0),

@@ -567,3 +567,48 @@ def test_a_point_in_the_guide_is_refused():
     pair = Pair()
     pair.posterior = lambda x: dist.Delta(pair.encoder(x)).to_event(1)
     refuse(pair, "The guide's site 'z' is a Delta")
+
+
+@pytest.mark.parametrize("x", [X[:, :1], X[:, None]])
+def test_data_that_would_broadcast_against_their_law(x):
+    """Each of three rows would be scored under the laws of all."""
+
+    class Narrow(Pair):
+        def model(self, x):
+            pyro.module("decoder", self.decoder)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", self.prior)
+                law = dist.Normal(self.decoder(z), 1.0).to_event(1)
+                if x.dim() == 2:
+                    law = dist.Normal(self.decoder(z)[:, 0], 1.0)
+                pyro.sample("x", law, obs=x)
+
+        def guide(self, x):
+            return super().guide(x.flatten(1).expand(-1, 2))
+
+    refuse(Narrow(), r"The value at site 'x' has shape \(3, 1.* and its law has shape \(3", x)
+
+
+def test_rows_that_come_twice():
+    """Two dreams of one row don't fit into the argument."""
+
+    class Chosen(Pair):
+        def model(self, x, rows):
+            pyro.module("decoder", self.decoder)
+            with pyro.plate("data", len(x), subsample=rows) as index:
+                z = pyro.sample("z", self.prior)
+                law = dist.Normal(self.decoder(z), 1.0).to_event(1)
+                pyro.sample("x", law, obs=x[index])
+
+        def guide(self, x, rows):
+            pyro.module("encoder", self.encoder)
+            with pyro.plate("data", len(x), subsample=rows) as index:
+                pyro.sample("z", dist.Normal(self.encoder(x[index]), 1.0).to_event(1))
+
+    pair = Chosen()
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, Adam({"lr": 0.1}))
+    symeq.step(X, torch.tensor([2, 0]))
+    before = {name: value.clone() for name, value in pair.state_dict().items()}
+    with pytest.raises(ValueError, match="argument 'x' twice at site 'x'.*without replacement"):
+        symeq.step(X, torch.tensor([2, 2]))
+    assert all(torch.equal(value, before[name]) for name, value in pair.state_dict().items())
