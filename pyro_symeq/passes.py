@@ -15,6 +15,7 @@ Pyro splits a statement ``pyro.sample("y", ..., obs_mask=mask)`` into the sites 
 ``y``, which is observed where the mask says so.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -393,7 +394,7 @@ def _elements(site: Site) -> tuple[Tensor, int]:
             "Take transforms with an inverse, such as affine or spline flows, autoregressive or "
             "coupling."
         ) from error
-    if log_prob.numel() != fn.batch_shape.numel():
+    if log_prob.numel() != math.prod(fn.batch_shape):
         raise ValueError(
             f"The value at site '{site['name']}' has shape {tuple(site['value'].shape)} and its "
             f"law has shape {tuple(site['fn'].shape())}, so the two would broadcast and count "
