@@ -49,6 +49,7 @@ from pyro_symeq.provenance import follow, name_of, take
 from pyro_symeq.tracing import UNOBSERVED, Record, Site, tensors
 
 Keep = Callable[[Iterable[Tensor]], None]
+Law = tuple[Any, Any]  # a distribution and its mask
 Bind = Mapping[str, str] | Callable[[Trace, tuple[Any, ...], dict[str, Any]], Call]
 
 IGNORES_DATA = (
@@ -422,11 +423,15 @@ class _Rehearsal:
         differing = _other_laws(at_data, self.laws(call), dream)
         return [] if _other_laws(at_data, self.laws(self.call), dream) else differing
 
-    def laws(self, call: Call) -> dict[str, Any]:
-        """The laws of the model's sites that have a density, at the values of the dream."""
+    def laws(self, call: Call) -> dict[str, Law]:
+        """The laws of the model's sites that have a density, at the values of the dream.
+
+        Masks belong to them, but for ``obs_mask=``, which tells what of the data is there.
+        """
+        trace = self.run_again(call)
         return {
-            name: independent_parts(site["fn"])[0]
-            for name, site in self.run_again(call).variables.items()
+            name: (independent_parts(site["fn"])[0], None if name in trace.split else site["mask"])
+            for name, site in trace.variables.items()
             if not passes.is_implicit(site)
         }
 
@@ -558,12 +563,19 @@ def _same_law(a: Any, b: Any, value: Tensor) -> bool:
     return bool(a.batch_shape == b.batch_shape and equal(a.log_prob(value), b.log_prob(value)))
 
 
-def _other_laws(a: Mapping[str, Any], b: Mapping[str, Any], dream: Record) -> list[str]:
-    """The sites of two runs whose laws are others at the values of a dream."""
+def _same_mask(a: Any, b: Any) -> bool:
+    return equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b
+
+
+def _other_laws(a: Mapping[str, Law], b: Mapping[str, Law], dream: Record) -> list[str]:
+    """The sites of two runs whose laws, or masks, are others at the values of a dream."""
     return [
         name
-        for name, law in a.items()
-        if name in b and not _same_law(law, b[name], passes.value(dream, name))
+        for name, (law, mask) in a.items()
+        if name in b
+        and not (
+            _same_law(law, b[name][0], passes.value(dream, name)) and _same_mask(mask, b[name][1])
+        )
     ]
 
 

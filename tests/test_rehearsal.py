@@ -109,6 +109,33 @@ def test_model_that_goes_by_the_data_and_not_by_what_it_draws(weight):
     refuse(Forced(), r"The model's law of \['x'\] depends on the data in its arguments")
 
 
+@pytest.mark.parametrize("is_given", [False, True])
+def test_model_that_masks_by_its_data(is_given):
+    """In a dream, the mask would be that of real data; one that is given is as good as any."""
+
+    class Masked(Pair):
+        def model(self, x, lengths):
+            pyro.module("decoder", self.decoder)
+            lengths = lengths if is_given else (x > 0).sum(-1)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", self.prior)
+                for t, loc in enumerate(self.decoder(z).unbind(-1)):
+                    with pyro.poutine.mask(mask=t < lengths):
+                        pyro.sample(f"x_{t}", dist.Normal(loc, 1.0), obs=x[:, t])
+
+        def guide(self, x, lengths):
+            super().guide(x)
+
+    pair, lengths = Masked(), torch.tensor([1, 2, 1])
+    x = torch.rand(3, 2) * (torch.arange(2) < lengths[:, None])
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, Adam({"lr": 0.1}))
+    if is_given:
+        symeq.step(x, lengths)
+        return
+    with pytest.raises(ValueError, match=r"law of \['x_[01]'.* depends on the data"):
+        symeq.step(x, lengths)
+
+
 def test_model_that_goes_by_a_label_and_not_by_what_it_draws():
     class Forced(Pair):
         is_forced = True
