@@ -51,12 +51,18 @@ def put(tree: Any, path: Path, value: Any) -> Any:
     if isinstance(tree, (tuple, list)):
         branches = list(tree)
         branches[key] = put(branches[key], rest, value)
-        return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)
+        return _of_branches(tree, branches)
     if isinstance(tree, MutableMapping):
         twin = copy.copy(tree)
         twin[key] = put(tree.get(key), rest, value)
         return twin
     return _with_field(tree, key, put(getattr(tree, key), rest, value))
+
+
+def _of_branches(like: Any, branches: list[Any]) -> Any:
+    """A list or a tuple, be it a named one, of the kind of another."""
+    make = type(like)
+    return make(*branches) if hasattr(like, "_fields") else make(branches)
 
 
 def own(tree: Any) -> Any:
@@ -65,7 +71,7 @@ def own(tree: Any) -> Any:
         branches = [own(branch) for branch in tree]
         if all(map(operator.is_, branches, tree)):
             return tree
-        return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)
+        return _of_branches(tree, branches)
     if isinstance(tree, (list, MutableMapping)):
         twin = copy.copy(tree)
         for key, branch in enumerate(tree) if isinstance(tree, list) else tree.items():

@@ -90,8 +90,8 @@ class SymmetricEquilibrium(Game):
             then, and the decoder is copied before it moves.
 
     Raises:
-        TypeError: ``optim`` is neither a ``PyroOptim`` nor a pair of them, or ``process_group`` is
-            no group of this process.
+        TypeError: ``optim`` is neither a ``PyroOptim`` nor a pair of them, ``parameters`` is no
+            dict, or ``process_group`` is no group of this process.
         ValueError: An option has a value that it can't have.
 
     References:

@@ -22,8 +22,11 @@ class Pair(nn.Module):
         self.encoder = nn.Linear(6, 2)
         self.head = nn.Linear(2, 2)
 
-    def model(self, x):
+    def name_networks(self):
         pyro.module("pair", self)
+
+    def model(self, x):
+        self.name_networks()
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Bernoulli(x.new_full((2,), 0.5)).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
@@ -91,11 +94,8 @@ def test_a_second_training_of_the_same_names_is_refused():
     """The store has the networks of the first, so that nobody would train those of the second."""
 
     class Apart(Pair):
-        def model(self, x):
+        def name_networks(self):
             pyro.module("decoder", self.decoder)
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Bernoulli(x.new_full((2,), 0.5)).to_event(1))
-                pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
 
         def guide(self, x):
             pyro.module("encoder", self.encoder)
