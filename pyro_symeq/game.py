@@ -49,6 +49,17 @@ Nonfinite = Literal["raise", "skip"]
 Updates = Literal["alternating", "simultaneous"] | Sequence[str | Sequence[str]]
 
 NUM_TRIES = 100
+UNREGISTERED = (
+    "Register their networks with pyro.module or as attributes of a PyroModule; if they are, other "
+    "parameters of that name are in the way: call pyro.clear_param_store() before a new training, "
+    "and give networks of several players names of their own (PyroModules: "
+    "pyro.settings.set(module_local_params=True))."
+)
+NOT_CONTIGUOUS = (
+    "Some aren't contiguous (channels_last?), and Pyro's parameter store has trained copies of "
+    "these that are. Leave weights contiguous, or name networks in parameters= and don't call "
+    "pyro.module."
+)
 KEYS = {"players", "frozen", "num_steps", "random"}
 
 
@@ -722,12 +733,10 @@ def _check_learnable(name: str, score: Score, unused: list[str]) -> None:
             )
         return
     shapes = [tuple(leaf.shape) for leaf in score.unnamed]
+    is_stored = all(leaf.is_contiguous() for leaf in score.unnamed)
     problem = (
         f"The {name}'s program uses parameters that no statement names, with shapes "
-        f"{shapes}. Register their networks with pyro.module or as attributes of a "
-        "PyroModule; if they are, other parameters of that name are in the way: call "
-        "pyro.clear_param_store() before a new training, and give networks of several players "
-        "names of their own (PyroModules: pyro.settings.set(module_local_params=True))."
+        f"{shapes}. {UNREGISTERED if is_stored else NOT_CONTIGUOUS}"
     )
     if unused or not score.parameters:
         raise ValueError(f"There is nothing to learn for the {name}. {problem}")

@@ -82,6 +82,27 @@ def test_what_the_model_touches_is_the_decoders_even_if_only_the_guide_names_it(
     assert identical(decoder.parameters(), before)
 
 
+def test_weights_that_pyro_stores_as_contiguous_copies_are_told_of():
+    convolution = nn.Conv2d(3, 2, 2, padding=1)
+    encoder = nn.Sequential(nn.Unflatten(1, (3, 1, 1)), convolution, nn.Flatten(), nn.Linear(8, 1))
+    encoder.to(memory_format=torch.channels_last)
+    decoder = nn.Linear(1, 3)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
+
+    with pytest.warns(UserWarning, match=r"shapes \[\(2, 3, 2, 2\)\]. Some aren't contiguous"):
+        SymmetricEquilibrium(model, guide, SGD({"lr": 0.1})).step(X)
+
+
 def test_constrained_parameters_stay_in_their_domain_and_learn():
     def model(x):
         p = pyro.param("p", torch.tensor(0.2), constraint=dist.constraints.unit_interval)
