@@ -27,6 +27,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from layers import ChannelsLast
+
 __all__ = ["DEEP", "FACTORISATIONS", "HVAE", "STYLES", "Size", "Style"]
 
 NUM_TOP, NUM_UNITS = 30, 100
@@ -108,13 +110,6 @@ class _Centred(nn.Module):
         return 2 * bits - 1
 
 
-class _ChannelsLast(nn.Module):
-    """Lays images out as the convolutions of a GPU want them, and leaves others as they are."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
-
-
 def _start_with_unit_variance(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> None:
     if isinstance(layer, nn.ConvTranspose2d):
         kernel = layer.weight[0, 0].numel() / (layer.stride[0] * layer.stride[1])
@@ -131,8 +126,8 @@ def _from_image(side: int, size: Size) -> list[nn.Module]:
     if size == DEEP:
         return [
             image,
-            _ChannelsLast(),
             nn.Conv2d(1, 32, 4, stride=2, padding=1),
+            ChannelsLast(),
             nn.Conv2d(32, 64, 4, stride=2, padding=1),
             nn.Conv2d(64, 224, 3, stride=2, padding=1),
             nn.Conv2d(224, 512, 4),
@@ -154,8 +149,8 @@ def _to_image(side: int, size: Size) -> list[nn.Module]:
     if size == DEEP:
         return [
             nn.Unflatten(1, (NUM_UNITS, 1, 1)),
-            _ChannelsLast(),
             nn.ConvTranspose2d(NUM_UNITS, 256, 4),
+            ChannelsLast(),
             nn.ConvTranspose2d(256, 96, 3, stride=2, padding=1),
             nn.ConvTranspose2d(96, 64, 4, stride=2, padding=1),
             nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1),

@@ -6,11 +6,24 @@ latents, the encoder finds nothing to learn, and the pair gets stuck there.
 
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["convolution", "dense", "linear"]
+__all__ = ["ChannelsLast", "convolution", "dense", "linear"]
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
+
+class ChannelsLast(nn.Module):
+    """Lays images out as the convolutions of a GPU want them, and leaves others as they are.
+
+    The layers that follow keep to it. It doesn't help before the first convolution of an image of
+    one channel, or of one pixel, which is laid out in both ways at once.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images to the same images."""
+        return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
 
 
 def linear(num_inputs: int, num_outputs: int) -> nn.Linear:
