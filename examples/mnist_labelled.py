@@ -27,6 +27,7 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.nn import functional
 
 from cli import add_precision, begun, ended_cleanly, parser
 
@@ -79,6 +80,7 @@ class Settings:
         num_channels: The number of channels of the decoder before its last convolution.
         encoder_channels: The number of channels of the encoder after its first convolution.
         encoder_layers: The number of hidden layers of the encoder after its convolutions.
+        warp: How far a training image is warped, see :func:`warped`.
         flips: The probability with which a pixel of a training image is flipped.
         num_samples: The number of images that are drawn for a distance.
         num_rounds: The number of rounds to the limiting distribution.
@@ -97,6 +99,7 @@ class Settings:
     num_channels: int = 16
     encoder_channels: int = 16
     encoder_layers: int = 2
+    warp: float = 0.0
     flips: float = 0.001
     num_samples: int = 5000
     num_rounds: int = 300
@@ -111,9 +114,10 @@ PRESETS = {
         width=1024,
         num_channels=64,
         encoder_channels=32,
+        warp=0.06,
         num_rounds=1000,
     ),
-    "smoke": Settings(8, 16, width=32, num_channels=4, num_samples=200, num_rounds=3),
+    "smoke": Settings(8, 16, width=32, num_channels=4, warp=0.06, num_samples=200, num_rounds=3),
 }
 
 
@@ -164,7 +168,7 @@ class Training:
         """Moves both players on a batch, drawn where the images are."""
         x, y = self.images.x, self.images.y
         rows = torch.randint(len(x), (self.settings.batch_size,), device=x.device)
-        batch = x[rows]
+        batch = warped(x[rows], self.images.side, self.settings.warp)
         flipped = torch.rand_like(batch) < self.settings.flips
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_mixed):
             loss = self.symeq.step(torch.where(flipped, 1 - batch, batch), y[rows])
@@ -176,6 +180,24 @@ class Training:
         """Both utilities of a step (nats per image)."""
         size = self.settings.batch_size
         return {"L_p": loss.decoder / size, "L_q": loss.encoder / size}
+
+
+def warped(x: Tensor, side: int, spread: float) -> Tensor:
+    """Turns, stretches and slants binary images a little around their centre, each in its own way.
+
+    Args:
+        x: Images, with shape :math:`(N, D)`.
+        side: The number of their rows, and of columns.
+        spread: The standard deviation of the four coefficients of a linear map, around those of the
+            identity.
+    """
+    if spread == 0:
+        return x
+    maps = torch.eye(2, 3).to(x).repeat(len(x), 1, 1)
+    maps[..., :2] += spread * torch.randn_like(maps[..., :2])
+    places = functional.affine_grid(maps, [len(x), 1, side, side], align_corners=False)
+    seen = functional.grid_sample(x.view(-1, 1, side, side), places, align_corners=False)
+    return (seen > 0.5).to(x).view_as(x)
 
 
 class Judge:

@@ -46,6 +46,24 @@ def judge(monkeypatch):
     )
 
 
+def test_images_are_warped_around_their_centre_each_in_its_own_way(monkeypatch, device):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from mnist_labelled import warped
+
+    side, spread = 28, 0.06
+    rows = torch.arange(side, device=device) - (side - 1) / 2
+    ring = (rows[:, None].square() + rows.square()).sqrt().sub(9).abs() < 2
+    x = ring.to(rows).view(1, -1).expand(1000, -1)
+    assert warped(x, side, 0.0).equal(x)
+    seen = warped(x, side, spread)
+    assert set(seen.unique().tolist()) == {0.0, 1.0}
+    columns = seen.view(-1, side, side).mean(1) / seen.mean(1, keepdim=True) / side
+    assert (columns @ rows).abs().max() < 0.5
+    widths = (columns @ rows.square()).sqrt()
+    deviation = (widths / widths.mean()).std().item()
+    assert deviation == pytest.approx(spread, rel=0.2)  # 9 standard errors
+
+
 def test_samples_are_of_their_classes(judge):
     """As many of each class, in a fixed order; without classes given, others are drawn."""
     classes = [*range(10)] * 4
