@@ -19,7 +19,7 @@ Run ``python examples/mnist_labelled.py --help`` for the options.
 
 import argparse
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.nn import functional
 
-from cli import add_precision, begun, ended_cleanly, parser
+from cli import add_precision, begun, ended_cleanly, parser, part
 
 with ended_cleanly("mnist_labelled.py"):
     from matplotlib.figure import Figure
@@ -114,10 +114,9 @@ PRESETS = {
         width=1024,
         num_channels=64,
         encoder_channels=32,
-        warp=0.06,
         num_rounds=1000,
     ),
-    "smoke": Settings(8, 16, width=32, num_channels=4, warp=0.06, num_samples=200, num_rounds=3),
+    "smoke": Settings(8, 16, width=32, num_channels=4, num_samples=200, num_rounds=3),
 }
 
 
@@ -348,12 +347,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser("Learns digits with their classes.", ("mnist", "fashion", "digits"))
     add_options(options, PRESETS)
     add_precision(options)
+    options.add_argument(
+        "--warp", type=part, help="how far training images are warped, 0.06 say (default: not)"
+    )
     return options.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
     """Trains a pair, and tells and draws what it has learned."""
     settings = begun(options, PRESETS[options.preset])
+    if options.warp is not None:
+        settings = replace(settings, warp=options.warp)
     images = load(options.data, options.data_root).to(options.device)
     training = Training(images, options.seed, settings, options.bfloat16)
     judge = Judge(
@@ -366,13 +370,13 @@ def run(options: argparse.Namespace) -> None:
     names = {name: getattr(options, name) for name in ("data", "seed", "bfloat16")}
     identity = names | asdict(settings)
     parts = "labelled", options.data, options.preset, options.seed
-    path = run_path(options, *parts, asked=("steps", "bfloat16"))
+    path = run_path(options, *parts, asked=("steps", "warp", "bfloat16"))
     long_run = LongRun(
         training.symeq,
         training.step,
         steps=settings.steps,
         identity=identity,
-        checkpoint=path.with_suffix(".pt"),
+        checkpoint=path.with_name(f"{path.name}.pt"),
         read=training.utilities,
         look=lambda: look(judge, max(settings.num_rounds // 20, 1)),
         tensorboard=options.out / "tensorboard" / path.name if options.tensorboard else None,
@@ -390,7 +394,7 @@ def run(options: argparse.Namespace) -> None:
     told = figures(judge, draws)
     seconds = {"training": long_run.seconds, "evaluation": time.perf_counter() - start}
     write_record(
-        path.with_suffix(".json"),
+        path.with_name(f"{path.name}.json"),
         "mnist_labelled.py",
         settings=identity,
         figures=told,
@@ -403,7 +407,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"{what:50} {value:10.4f}")
     for what, value in seconds.items():
         print(f"{what:50} {value:10.1f} s")
-    picture_images(path.with_suffix(".png"), judge, draws)
+    picture_images(path.with_name(f"{path.name}.png"), judge, draws)
     picture_latents(path.with_name(f"{path.name}-latents.png"), draws)
 
 

@@ -85,6 +85,8 @@ class Record:
             told.append(f"{self.get('settings', 'steps'):,} steps")
         if part := options.get("--annealed"):
             told.append(f"annealed {part}" if float(part) else "constant rate")
+        if "--warp" in options:
+            told.append(f"images warped by {options['--warp']}")
         return told
 
     @property

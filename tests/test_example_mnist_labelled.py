@@ -9,12 +9,13 @@ from tests.processes import EXAMPLES, run_example
 
 
 def test_a_smoke_run_leaves_its_figures_and_goes_on(tmp_path):
-    options = ["--data", "digits", "--preset", "smoke", "--out", tmp_path]
+    options = ["--data", "digits", "--preset", "smoke", "--warp", "0.06", "--out", tmp_path]
     for more in ([], ["--resume"]):
         result = run_example("mnist_labelled.py", *options, *more)
         assert result.returncode == 0, result.stderr
-    record = json.loads((tmp_path / "labelled-digits-smoke-0.json").read_text())
+    record = json.loads((tmp_path / "labelled-digits-smoke-0-warp-0.06.json").read_text())
     figures = record["figures"]
+    assert record["settings"]["warp"] == 0.06
     assert 0 <= figures["held-out accuracy"] <= 1
     assert 1 / 10 <= figures["largest share of a class"] <= 1
     distances = {
@@ -26,7 +27,7 @@ def test_a_smoke_run_leaves_its_figures_and_goes_on(tmp_path):
     assert figures["limiting / decoder"] == pytest.approx(ratio)
     last = record["history"][-1]
     assert {"accuracy", "decoder distance", "distance after 1 rounds"} < last.keys()
-    for name in ("labelled-digits-smoke-0.png", "labelled-digits-smoke-0-latents.png"):
+    for name in ("labelled-digits-smoke-0-warp-0.06.png", "labelled-digits-smoke-0-warp-0.06-latents.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 
 

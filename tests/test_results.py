@@ -280,6 +280,13 @@ def test_runs_whose_schedule_was_asked_for_are_a_setting_of_their_own(tmp_path):
     assert row["laptop, tanh, 16,000 steps, constant rate"] == "30"
 
 
+def test_runs_on_warped_images_are_a_setting_of_their_own(tmp_path):
+    command = "python examples/mnist_labelled.py --warp 0.06"
+    runs = [labelled(0.981), labelled(0.992) | {"command": command}]
+    row = cells(page(records(tmp_path, *runs)), "MNIST with labels", "accuracy (%)")
+    assert (row["laptop"], row["laptop, images warped by 0.06"]) == ("98.1", "99.2")
+
+
 def test_what_only_a_game_depends_on(tmp_path):
     game = hierarchical("game", 10.0, 12.0, encoder_steps=2, num_proposals=4)
     others = [
