@@ -27,7 +27,10 @@ def test_a_smoke_run_leaves_its_figures_and_goes_on(tmp_path):
     assert figures["limiting / decoder"] == pytest.approx(ratio)
     last = record["history"][-1]
     assert {"accuracy", "decoder distance", "distance after 1 rounds"} < last.keys()
-    for name in ("labelled-digits-smoke-0-warp-0.06.png", "labelled-digits-smoke-0-warp-0.06-latents.png"):
+    for name in (
+        "labelled-digits-smoke-0-warp-0.06.png",
+        "labelled-digits-smoke-0-warp-0.06-latents.png",
+    ):
         assert (tmp_path / name).stat().st_size > 10_000
 
 
