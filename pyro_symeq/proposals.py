@@ -106,8 +106,10 @@ def _summed(term: Term, dims: set[int]) -> Tensor:
 
 
 def _last(x: Tensor, num_dims: int) -> Tensor:
-    """Leaves out dimensions of size 1 before the last ones."""
-    return x.reshape(x.shape[x.dim() - num_dims :])
+    """Leaves out dimensions of size 1 before the last ones, as far as there are such."""
+    while x.dim() > num_dims and len(x) == 1:
+        x = x[0]
+    return x
 
 
 def _gather(draws: list[Tensor], chosen: Tensor, site: Site) -> Tensor:

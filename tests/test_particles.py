@@ -120,6 +120,28 @@ def test_proposals_under_nested_plates_masks_and_scales(vectorize):
         assert_mean(drawn[rows], chosen(log_p, log_q, 2)[1])
 
 
+@pytest.mark.parametrize("vectorize", [False, True], ids=["loop", "vectorised"])
+def test_proposals_of_a_guide_without_plates_are_chosen_whole(vectorize):
+    x, slope = torch.tensor([0.3, 2.0]), torch.tensor([1.0, -0.5])
+
+    def model(x):
+        with pyro.plate("rows", 2):
+            z = pyro.sample("z", dist.Bernoulli(torch.full((2,), 0.3)))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Bernoulli(logits=slope * x))
+
+    utility = SymmetricUtility(num_proposals=2, vectorize_particles=vectorize, max_plate_nesting=1)
+    traces = [utility._get_trace(model, guide, (x,), {})[0] for _ in range(2000)]
+    drawn = torch.stack([trace.nodes["z"]["value"] for trace in traces])
+    states = bits(2).to(x)
+    log_q = dist.Bernoulli(logits=slope * x).log_prob(states).sum(-1)
+    log_p = dist.Bernoulli(0.3).log_prob(states) + dist.Normal(states, 1.0).log_prob(x)
+    for state, probability in zip(states, chosen(log_p.sum(-1), log_q, 2), strict=True):
+        assert_mean((drawn == state).all(-1).double(), probability)
+
+
 def test_proposals_need_densities_and_one_set_of_sites():
     def model(x, implicit=False):
         scale = pyro.param("scale", torch.tensor(1.0))
