@@ -457,8 +457,19 @@ def _shaped(value: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _draw(msg: Site) -> Tensor:
-    """Draws without a graph; detached, a draw is a tensor that no transform has in its cache."""
+    """Draws without a graph."""
     if not torch.is_grad_enabled():
-        return msg["fn"](*msg["args"], **msg["kwargs"]).detach()
+        return _sampled(msg)
     with torch.no_grad():
+        return _sampled(msg)
+
+
+def _sampled(msg: Site) -> Tensor:
+    """A draw, detached: a tensor that no transform has in its cache."""
+    try:
         return msg["fn"](*msg["args"], **msg["kwargs"]).detach()
+    except NotImplementedError as error:
+        raise ValueError(
+            f"No draws at site '{msg['name']}': its law can't be sampled ({error}). The encoder "
+            "learns from dreams, in which the model draws all its sites. Take a law with samples."
+        ) from error

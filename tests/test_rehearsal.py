@@ -301,6 +301,12 @@ def test_data_outside_the_support(warm):
     refuse(pair, "No log-probability at site 'x': Expected value", X * float("nan"), warm)
 
 
+def test_a_prior_without_draws():
+    pair = Pair()
+    pair.prior = dist.ImproperUniform(dist.constraints.real_vector, (), (1,))
+    refuse(pair, "No draws at site 'z': its law can't be sampled")
+
+
 def test_encoder_that_fails_on_dreams_at_the_first_step():
     pair = Pair()
     pair.likelihood = lambda z: dist.Normal(pair.decoder(z) + 100, 1.0).to_event(1)
