@@ -6,7 +6,8 @@ Of draws :math:`v_1, \dots, v_n`, taken some at a time, the mean and the sum of 
     \bar v \leftarrow \bar v + \tfrac{m}{n + m} (\bar v' - \bar v), \qquad
     S \leftarrow S + S' + \tfrac{n m}{n + m} (\bar v' - \bar v)^2,
 
-where a dash marks those of :math:`m` new draws.
+where a dash marks those of :math:`m` new draws. They are kept in single precision at least, so that
+small steps add up.
 
 References:
     Updating formulae and a pairwise algorithm for computing sample variances (Chan, Golub,
@@ -82,7 +83,7 @@ class RunningMarginal:
         while isinstance(law, (Independent, MaskedDistribution, ExpandedDistribution)):
             law = law.base_dist
         self.law = law
-        self.dtype: torch.dtype | None = None
+        self.dtypes: tuple[torch.dtype, ...] = ()  # of draws, and of what is told of them
         self.count = 0
         self.mean: Tensor | float = 0.0
         self.squares: Tensor | float = 0.0
@@ -93,7 +94,7 @@ class RunningMarginal:
         Args:
             draws: Some draws, along the first dimension.
         """
-        self.dtype = draws.dtype
+        self.dtypes = draws.dtype, self._told_dtype(draws)
         mean, squares = self._moments(draws)
         m, n = len(draws), self.count
         shift = mean - self.mean
@@ -103,25 +104,33 @@ class RunningMarginal:
 
     def result(self) -> Marginal:
         """The marginal; there must have been draws."""
-        mean, dtype = torch.as_tensor(self.mean), self.dtype
+        exact, (dtype, told) = torch.as_tensor(self.mean), self.dtypes
+        mean = exact.to(told)
         if isinstance(self.law, Categorical):
-            return Marginal(mean, None, None, mean.argmax(-1).to(dtype))
+            return Marginal(mean, None, None, exact.argmax(-1).to(dtype))
         if isinstance(self.law, OneHotCategorical):
-            decision = one_hot(mean.argmax(-1), mean.shape[-1]).to(dtype)
+            decision = one_hot(exact.argmax(-1), exact.shape[-1]).to(dtype)
             return Marginal(mean, None, None, decision)
         if isinstance(self.law, Bernoulli):
-            return Marginal(mean, None, None, (mean >= 0.5).to(dtype))
-        return Marginal(None, mean, torch.as_tensor(self.squares) / self.count, mean)
+            return Marginal(mean, None, None, (exact >= 0.5).to(dtype))
+        variance = torch.as_tensor(self.squares) / self.count
+        return Marginal(None, mean, variance.to(told), mean)
+
+    def _told_dtype(self, draws: Tensor) -> torch.dtype:
+        """The type of frequencies and moments: that of draws, or of a law that draws integers."""
+        if isinstance(self.law, Categorical):
+            return self.law.logits.dtype
+        return draws.dtype if draws.is_floating_point() else torch.get_default_dtype()
 
     def _moments(self, draws: Tensor) -> tuple[Tensor, Tensor]:
         """The mean of some draws, and the sum of their squared deviations."""
+        dtype = torch.promote_types(self.dtypes[-1], torch.float32)
         if isinstance(self.law, Categorical):
             index = draws.long().movedim(0, -1)
-            counts = torch.zeros(
-                *index.shape[:-1], self.law.param_shape[-1], device=draws.device
-            ).scatter_add_(-1, index, torch.ones(index.shape, device=draws.device))
-            mean = counts / len(draws)
+            shape = *index.shape[:-1], self.law.param_shape[-1]
+            ones = torch.ones(index.shape, dtype=dtype, device=draws.device)
+            mean = ones.new_zeros(shape).scatter_add_(-1, index, ones) / len(draws)
             return mean, torch.zeros_like(mean)
-        draws = draws if draws.is_floating_point() else draws.to(torch.get_default_dtype())
+        draws = draws.to(dtype)
         mean = draws.mean(0)
         return mean, (draws - mean).square().sum(0)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_symeq import Batch, Conditionals, Implicit, LimitingDistribution
+from pyro_symeq.marginals import RunningMarginal
 from tests.enumerable import Ladder
 from tests.test_limiting_law import Ladder as Classes
 from tests.test_limiting_law import Triple
@@ -652,6 +653,27 @@ def test_moments_of_a_gaussian_pair():
     assert ((z.mean - B * torch.tensor([3.0, -1.0])).abs() < 5 * S / n**0.5).all()
     assert ((z.variance - S**2).abs() < 5 * math.sqrt(2 / n) * S**2).all()
     assert (completion.marginals["x"].variance == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_marginals_add_up_in_any_precision(dtype, device):
+    """Round by round, although each of 3,000 adds less than a step from a number to the next."""
+    p = torch.tensor([0.2, 0.3, 0.5], dtype=dtype, device=device)
+    laws = dist.Bernoulli(p), dist.OneHotCategorical(p), dist.Categorical(p), dist.Normal(p, p)
+    for law in laws:
+        draws, running = law.sample((3000,)), RunningMarginal(law)
+        for each in draws.split(1):
+            running.update(each)
+        marginal, exact = running.result(), draws.double()
+        assert marginal.decision.dtype == draws.dtype
+        if isinstance(law, dist.Normal):
+            found, expected = (marginal.mean, marginal.variance), (exact.mean(0), exact.var(0))
+        elif isinstance(law, dist.Categorical):
+            found, expected = (marginal.probs,), (draws.bincount().double() / 3000,)
+        else:
+            found, expected = (marginal.probs,), (exact.mean(0),)
+        assert {x.dtype for x in found} == {dtype}
+        torch.testing.assert_close([x.double() for x in found], list(expected), rtol=0.01, atol=0)
 
 
 def test_an_image_is_segmented_by_maximum_marginals():
