@@ -12,8 +12,8 @@ meet at a store, which is a process, too. On one machine, in three shells:
 or in one, ``torchrun --nproc-per-node 2 examples/apart.py``, which brings a store along. Between
 machines, the store runs with ``--host ADDRESS`` and players with ``--store ADDRESS:29500``.
 
-First each learns alone, then they exchange dreams. A player that was stopped, however hard, goes
-on from its checkpoint with ``--resume``. Meanwhile the other goes on without it.
+First each learns alone, then they exchange dreams. A player that is stopped while they do, however
+hard, goes on from its checkpoint with ``--resume``. Meanwhile the other goes on without it.
 
 Run ``python examples/apart.py --help`` for the options.
 """
@@ -28,11 +28,12 @@ import pyro
 import torch.distributed
 from torch import Tensor
 
-from cli import begun, ended_cleanly, parser, share
+from cli import amount, begun, ended_cleanly, parser, share
 
 with ended_cleanly("apart.py"):
     from data import DataError, load
     from data_exchange import NUM_DRAWS, OWN, SETTINGS, VAE, drawn, of
+    from long_runs import RunError
     from pyro_symeq import DreamExchange, Game, data_exchange_game
     from pyro_symeq.metrics import log_likelihood
     from training import cosine, train
@@ -42,7 +43,7 @@ NUM_TEST = 1000  # images of each kind, to be scored
 
 
 class Saved:
-    """A game that is saved every few steps.
+    """A game that is saved after the first step, and then every few steps.
 
     Args:
         game: The game.
@@ -58,7 +59,7 @@ class Saved:
     def step(self, x: Tensor) -> float:
         """Lets the player move on images of its own."""
         loss = self.game.step(x)
-        if self.game.num_steps % self.every == 0:
+        if self.game.num_steps == 1 or self.game.num_steps % self.every == 0:
             self.game.save(self.path)
         return loss
 
@@ -115,11 +116,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--alpha",
         type=share,
         default=0.5,
-        help="the weight of the own images; the dreams of the other have the rest "
+        help="the weight of its own images; the dreams of the other have the rest "
         "(default: %(default)s)",
     )
     options.add_argument(
-        "--timeout", type=float, default=300.0, help="how long to wait for the other (seconds)"
+        "--timeout",
+        type=amount,
+        default=300.0,
+        help="how long to wait for the other (seconds; default: %(default)s)",
     )
     options.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in --out"
@@ -137,6 +141,9 @@ def run(options: argparse.Namespace) -> None:
     pyro.set_rng_seed(2 * options.seed + list(OWN).index(name))
     vae = VAE(name, images.x.shape[-1], settings).to(images.x)
     path = options.out / f"apart-{options.data}-{name}.pt"
+    if options.resume and not path.exists():
+        raise RunError(f"There is no checkpoint {path}. Start without --resume.")
+    store = connected(*options.store)
 
     def batch() -> tuple[Tensor]:
         return (drawn(own, settings.batch_size),)
@@ -157,7 +164,7 @@ def run(options: argparse.Namespace) -> None:
         (vae.model, vae.guide),
         optim,
         {name: options.alpha, other: 1 - options.alpha},
-        connected(*options.store),
+        store,
         timeout=options.timeout,
         on_missing="continue",
     ) as exchange:
@@ -171,7 +178,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the program."""
     options = parse(arguments)
-    with ended_cleanly("apart.py", DataError, torch.distributed.DistError):
+    with ended_cleanly("apart.py", DataError, RunError, torch.distributed.DistError):
         run(options)
 
 

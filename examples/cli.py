@@ -21,26 +21,33 @@ EXTRAS = {"tensorboard": "tensorboard"}
 __all__ = [
     "add_data_root",
     "add_precision",
+    "amount",
     "begun",
     "count",
     "device",
     "ended_cleanly",
     "parser",
     "part",
+    "seed",
     "share",
 ]
 
 
-def parser(description: str, data: Iterable[str]) -> argparse.ArgumentParser:
+def parser(
+    description: str, data: Iterable[str], what: str = "the data set"
+) -> argparse.ArgumentParser:
     """Makes a parser of the options that every program has.
 
     Args:
         description: What the program does.
         data: The names of the data sets, the default first.
+        what: What those names say of the data.
     """
     names = tuple(data)
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--data", choices=names, default=names[0], help="the data set")
+    parser.add_argument(
+        "--data", choices=names, default=names[0], help=f"{what} (default: %(default)s)"
+    )
     add_data_root(parser)
     parser.add_argument(
         "--device",
@@ -48,9 +55,13 @@ def parser(description: str, data: Iterable[str]) -> argparse.ArgumentParser:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="where to compute (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and draws (default: 0)")
-    parser.add_argument("--steps", type=count, help="how many (default: depends on the data)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="the folder for results")
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="of parameters and draws (default: 0)"
+    )
+    parser.add_argument("--steps", type=count, help="how many (default: as in the settings)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), help="the folder for results (default: out)"
+    )
     return parser
 
 
@@ -60,7 +71,7 @@ def add_data_root(parser: argparse.ArgumentParser) -> None:
         "--data-root",
         type=Path,
         default=Path(os.environ.get("PYRO_SYMEQ_DATA", "data")),
-        help="the folder of MNIST and Fashion-MNIST (default: $PYRO_SYMEQ_DATA, or data)",
+        help="the folder of the data sets (default: $PYRO_SYMEQ_DATA, or data)",
     )
 
 
@@ -87,6 +98,20 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return int(text)
+
+
+def seed(text: str) -> int:
+    """Reads a number that NumPy and PyTorch take as a seed."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 2**32 - 1, got {text!r}")
+    return int(text)
+
+
+def amount(text: str) -> float:
+    """Reads a finite number of at least 0."""
+    if not 0 <= (value := _number(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
 
 
 def share(text: str) -> float:

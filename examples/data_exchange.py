@@ -160,7 +160,7 @@ class Exchange:
 
     Args:
         vaes: The models by name.
-        alpha: The weight of the own images of each.
+        alpha: The weight of the images of its own, of each.
         optim: The optimiser of all.
     """
 
@@ -373,7 +373,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--alpha",
         type=share,
         default=0.5,
-        help="the weight of the own images; the dreams of the other have the rest, and with 1 "
+        help="the weight of its own images; the dreams of the other have the rest, and with 1 "
         "there is no exchange (default: %(default)s)",
     )
     return options.parse_args(arguments)

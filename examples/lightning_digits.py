@@ -1,9 +1,6 @@
-"""Learns to draw and to classify digits as ``digits.py`` does, with PyTorch Lightning.
+"""Learns to draw and to classify digits, with Lightning. For curves: tensorboard --logdir out."""
 
-To see the curves, run ``tensorboard --logdir out/lightning``.
-"""
-
-import sys
+import argparse
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +11,16 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
+from cli import count
 from data import load
 from networks import LadderVAE
 from pyro_symeq import SymmetricUtility
 from pyro_symeq.lightning import SymmetricModule
 
 if __name__ == "__main__":
-    epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=count, default=100, help="(default: %(default)s)")
+    epochs = parser.parse_args().epochs
     seed_everything(0)
     images = load("digits", Path("data"))
     training = TensorDataset(images.x, images.y)

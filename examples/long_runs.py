@@ -259,7 +259,9 @@ def add_options(parser: argparse.ArgumentParser, presets: Iterable[str] = ()) ->
         presets: The names of its settings, the default first, if it has several.
     """
     if names := tuple(presets):
-        parser.add_argument("--preset", choices=names, default=names[0], help="the settings")
+        parser.add_argument(
+            "--preset", choices=names, default=names[0], help="the settings (default: %(default)s)"
+        )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--tensorboard", action="store_true", help="log scalars for TensorBoard")
 

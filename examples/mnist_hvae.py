@@ -27,7 +27,7 @@ import torch
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
-from cli import add_precision, begun, ended_cleanly, parser, part
+from cli import add_precision, amount, begun, ended_cleanly, parser, part
 
 with ended_cleanly("mnist_hvae.py"):
     import embeddings
@@ -38,7 +38,14 @@ with ended_cleanly("mnist_hvae.py"):
     from hvae import DEEP, FACTORISATIONS, STYLES, Size
     from judge import LAYERS, Judge, Latents
     from long_runs import LongRun, RunError, add_options, run_path, write_record
-    from pyro_symeq import Game, GameLoss, Player, SymmetricEquilibrium, SymmetricUtility
+    from pyro_symeq import (
+        Game,
+        GameLoss,
+        Player,
+        SymmetricEquilibrium,
+        SymmetricUtility,
+        checkpoint,
+    )
     from results_page import OF_GAMES
     from reweighted import Reweighted
     from training import cosine, in_turn
@@ -253,10 +260,14 @@ def picture_images(
         identity: What the run depends on, by name.
         rows: Probabilities of pixels by the label of their row, with shape :math:`(N, H, W)`.
     """
-    torch.save({"identity": identity, "rows": rows}, path(options, "images.pt"))
+    checkpoint.save(path(options, "images.pt"), {"identity": identity, "rows": rows})
     found = {options.method: rows}
     for file in sorted(options.out.glob("*.images.pt")):
-        other = torch.load(file, weights_only=True)
+        try:
+            other = checkpoint.load(file)
+        except ValueError as error:
+            print(f"Not drawn: {error}")
+            continue
         if _shared(other["identity"]) == _shared(identity):
             found.setdefault(other["identity"]["method"], other["rows"])
     every = {label: row for method in METHODS for label, row in found.get(method, {}).items()}
@@ -278,7 +289,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--factorisation", choices=FACTORISATIONS, default="ladder", help="of the encoder"
     )
     options.add_argument("--net", choices=STYLES, default="silu", help="the kind of networks")
-    options.add_argument("--learning-rate", type=float, help="(default: as in the preset)")
+    options.add_argument(
+        "--learning-rate", type=amount, help="of Adam, at the start (default: as in the preset)"
+    )
     options.add_argument(
         "--annealed",
         type=part,

@@ -268,7 +268,9 @@ def mean_pixels(trace: poutine.Trace) -> Tensor:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the options of the program."""
-    options = parser("Learns belief networks of binary units.", ("static", "dynamic"))
+    options = parser(
+        "Learns belief networks of binary units.", ("static", "dynamic"), "how pixels are drawn"
+    )
     options.add_argument(
         "--network", choices=("linear", "nonlinear"), default="linear", help="the kind of network"
     )

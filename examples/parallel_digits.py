@@ -51,11 +51,16 @@ def run(options: argparse.Namespace) -> None:
         replace(settings, batch_size=settings.batch_size // num_ranks),
         process_group=distributed.group.WORLD,
     )
-    checkpoint = options.out / f"parallel_{options.data}.pt"
+    checkpoint = options.out / f"parallel_{options.data}_{options.seed}.pt"
     if checkpoint.exists():  # all ranks read it
         training.symeq.load(checkpoint)
 
     first, start = training.symeq.num_steps, time.perf_counter()
+    if first > settings.steps:
+        raise ValueError(
+            f"{checkpoint} is of step {first}, after the {settings.steps} asked for. Remove it to "
+            "start anew, or ask for more."
+        )
     if rank == 0:
         print(f"{num_ranks} ranks start at step {first} of {settings.steps}.", flush=True)
     for step in range(first + 1, settings.steps + 1):

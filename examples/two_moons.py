@@ -28,7 +28,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from cli import count, device, ended_cleanly
+from cli import count, device, ended_cleanly, seed
 
 with ended_cleanly("two_moons.py"):
     from matplotlib.axes import Axes
@@ -224,7 +224,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="where to compute (default: %(default)s)",
     )
     options.add_argument(
-        "--seed", type=int, default=0, help="of parameters and draws (default: 0)"
+        "--seed", type=seed, default=0, help="of parameters and draws (default: 0)"
     )
     options.add_argument("--out", type=Path, default=Path("out"), help="the folder for results")
     return options.parse_args(arguments)

@@ -1,5 +1,6 @@
 """Symmetric equilibrium learning of VAEs for Pyro programs."""
 
+from pyro_symeq import metrics
 from pyro_symeq.batch import Batch
 from pyro_symeq.conditional_game import conditional_game
 from pyro_symeq.conditionals import Conditionals
@@ -37,4 +38,5 @@ __all__ = [
     "TensorLoader",
     "conditional_game",
     "data_exchange_game",
+    "metrics",
 ]

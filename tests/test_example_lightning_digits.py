@@ -20,7 +20,7 @@ def test_it_is_short():
 @pytest.mark.slow
 def test_it_shows_progress_and_leaves_a_checkpoint_and_curves(tmp_path):
     result = subprocess.run(
-        [sys.executable, SCRIPT, "2"],
+        [sys.executable, SCRIPT, "--epochs", "2"],
         capture_output=True,
         text=True,
         env=ENVIRONMENT,

@@ -217,8 +217,9 @@ def test_runs_leave_figures_and_pictures(tmp_path):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_images_stand_beside_those_of_runs_alike(tmp_path, monkeypatch):
+def test_images_stand_beside_those_of_runs_alike(tmp_path, monkeypatch, capsys):
     drawn = []
+    (tmp_path / "another.images.pt").write_bytes(b"half of a file")
     monkeypatch.setattr(mnist_hvae.tiles, "draw", lambda path, title, rows: drawn.append(rows))
     for method, steps, rate in (("elbo", 5, 1e-3), ("elbo", 6, 1e-3), ("game", 5, 2e-3)):
         arguments = f"--method {method} --steps {steps} --learning-rate {rate} --out {tmp_path}"
@@ -230,6 +231,7 @@ def test_images_stand_beside_those_of_runs_alike(tmp_path, monkeypatch):
         ["elbo after 6"],
         ["game after 5", "elbo after 5"],
     ]
+    assert f"Not drawn: Can't load {tmp_path / 'another.images.pt'}" in capsys.readouterr().out
 
 
 def test_small_images_do_not_fit_the_networks_of_the_paper(capsys):

@@ -62,7 +62,7 @@ def steps_in(file):
 
 
 def test_a_killed_rank_costs_no_more_than_the_steps_since_the_checkpoint(tmp_path):
-    file = tmp_path / "parallel_digits.pt"
+    file = tmp_path / "parallel_digits_0.pt"
     with started(tmp_path, 1, "--steps", 100_000, "--save-every", 2) as launcher:
         assert steps_until("start at step", launcher) == 0
         saved = steps_until("saved", launcher)
