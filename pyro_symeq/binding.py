@@ -52,10 +52,8 @@ def put(tree: Any, path: Path, value: Any) -> Any:
         branches = list(tree)
         branches[key] = put(branches[key], rest, value)
         return _of_branches(tree, branches)
-    if isinstance(tree, MutableMapping):
-        twin = copy.copy(tree)
-        twin[key] = put(tree.get(key), rest, value)
-        return twin
+    if isinstance(tree, Mapping):
+        return _with_item(tree, key, put(tree.get(key), rest, value))
     return _with_field(tree, key, put(getattr(tree, key), rest, value))
 
 
@@ -63,6 +61,38 @@ def _of_branches(like: Any, branches: list[Any]) -> Any:
     """A list or a tuple, be it a named one, of the kind of another."""
     make = type(like)
     return make(*branches) if hasattr(like, "_fields") else make(branches)
+
+
+def _with_item(tree: Mapping[Any, Any], key: Any, value: Any) -> Any:
+    """A copy of a mapping with another value at a key.
+
+    Raises:
+        ValueError: It can neither be changed nor be made of items.
+    """
+    if isinstance(tree, MutableMapping):
+        twin = _twin(tree)
+        twin[key] = value
+        return twin
+    try:
+        return type(tree)({**tree, key: value})  # type: ignore[call-arg]
+    except TypeError as error:
+        raise ValueError(
+            f"Expected mappings that a dream can be put into a copy of, got {type(tree).__name__}, "
+            "which can't be changed. Pass a dict."
+        ) from error
+
+
+def _twin(tree: MutableMapping[Any, Any]) -> MutableMapping[Any, Any]:
+    """A copy of a mapping that holds the same values, and through which the mapping isn't changed.
+
+    A shallow copy of a class of one's own may share what holds its items.
+    """
+    if not isinstance(tree, dict) and not hasattr(tree, "__copy__"):
+        return copy.deepcopy(tree, {id(value): value for value in tree.values()})
+    twin = copy.copy(tree)
+    if getattr(tree, "__dict__", None) is tree:  # its items are its attributes, too
+        twin.__dict__ = twin  # type: ignore[assignment]
+    return twin
 
 
 def own(tree: Any) -> Any:
@@ -73,7 +103,7 @@ def own(tree: Any) -> Any:
             return tree
         return _of_branches(tree, branches)
     if isinstance(tree, (list, MutableMapping)):
-        twin = copy.copy(tree)
+        twin = copy.copy(tree) if isinstance(tree, list) else _twin(tree)
         for key, branch in enumerate(tree) if isinstance(tree, list) else tree.items():
             if (inner := own(branch)) is not branch:
                 twin[key] = inner
@@ -89,20 +119,34 @@ def own(tree: Any) -> Any:
 def _with_field(tree: Any, name: str, value: Any) -> Any:
     """A copy of an object with another value in a field.
 
-    What a dataclass computes of its fields is computed anew, unless that would change others.
+    What a dataclass computes of its fields is computed anew, unless that would change others or
+    it has been changed since.
     """
-    fields = dataclasses.fields(tree) if _is_dataclass(tree) else ()
-    if fields and all(field.init for field in fields):
-        expected = {field.name: getattr(tree, field.name) for field in fields} | {name: value}
+    if _is_dataclass(tree):
+        given = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree) if f.init}
         try:
-            twin = dataclasses.replace(tree, **{name: value})
+            twin, same = dataclasses.replace(tree, **{name: value}), dataclasses.replace(tree)
+            expected = given | {name: value}
             if all(getattr(twin, key) is x for key, x in expected.items()):
+                for key in {field.name for field in dataclasses.fields(tree)} - given.keys():
+                    if not _alike(getattr(same, key, None), getattr(tree, key)):
+                        object.__setattr__(twin, key, getattr(tree, key))
                 return twin
         except (TypeError, ValueError):  # it can't be made of its fields, or not of these
             pass
     twin = copy.copy(tree)
     object.__setattr__(twin, name, value)
     return twin
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two values are equal, as far as that can be told."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and equal(a, b)
+    try:
+        return a is b or bool(a == b)
+    except (RuntimeError, ValueError):  # it takes more than one comparison
+        return type(a) is type(b)
 
 
 def get(tree: Any, path: Path) -> Any:
@@ -118,8 +162,9 @@ def get(tree: Any, path: Path) -> Any:
 def layout(tree: Any) -> tuple[tuple[Path, Any], ...]:
     """Tells calls apart by containers, types, switches and what is ``None``.
 
-    A string is a switch (``mode="train"``) unless an argument holds it in a tuple or list: there,
-    strings are data that differ from batch to batch, such as the names of files.
+    A string is a switch (``mode="train"``), and so is whether a number is zero (``ratio=0.0``),
+    unless an argument holds it in a tuple or list: there they are data that differ from batch to
+    batch, such as the names of files or lengths.
     """
     return tuple((path, _kind(path, leaf)) for path, leaf in leaves(tree))
 
@@ -127,9 +172,12 @@ def layout(tree: Any) -> tuple[tuple[Path, Any], ...]:
 def _kind(path: Path, leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.dtype
+    if leaf is None or isinstance(leaf, bool):
+        return leaf
     is_listed = any(isinstance(key, int) for key in path[2:])  # within an argument
-    is_switch = isinstance(leaf, bool) or (isinstance(leaf, str) and not is_listed)
-    return leaf if leaf is None or is_switch else type(leaf)
+    if isinstance(leaf, (int, float)) and not is_listed:
+        return type(leaf), leaf == 0
+    return leaf if isinstance(leaf, str) and not is_listed else type(leaf)
 
 
 def module_of(program: Any) -> nn.Module | None:
@@ -216,6 +264,21 @@ def is_part(leaf: Tensor, value: Tensor) -> bool:
             inside &= rest // stride < size
             rest = rest % stride
     return bool((inside & (rest == 0)).all())
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have elements in memory in common."""
+    if not share_storage(a, b):
+        return False
+    size = a.untyped_storage().nbytes() // a.element_size()
+    marks = torch.zeros(size, dtype=torch.bool, device=a.device)
+
+    def marks_of(x: Tensor) -> Tensor:
+        once = [min(n, 1) if step == 0 else n for n, step in zip(x.shape, x.stride(), strict=True)]
+        return marks.as_strided(once, x.stride(), x.storage_offset())
+
+    marks_of(a).fill_(True)
+    return bool(marks_of(b).any())
 
 
 def _covers(leaf: Tensor, value: Tensor) -> bool:

@@ -691,10 +691,11 @@ class Game:
             scores = self._tried(self._try, call, needed=moving | watched)
             tried = {name: scores[name] for name in scores if name in moving | watched}
             for name, score in tried.items():
-                _check_learnable(name, score, self._stage.owners.unused(name))
+                unused = [] if score.lacks_data else self._stage.owners.unused(name)
+                _check_learnable(name, score, unused)
             if not any(score.parameters for score in tried.values()):
                 raise ValueError(NOTHING_TO_LEARN)
-        self._learnable |= moving
+        self._learnable |= {name for name in moving if not scores[name].lacks_data}
 
     def _tried(
         self, score: Callable[[str, Call], Score], call: Call, needed: Collection[str]

@@ -1,6 +1,6 @@
 """A model and a guide, with the utilities of the decoder and the encoder of a game."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_symeq import passes
-from pyro_symeq.binding import Call, Program, layout
+from pyro_symeq.binding import Call, Program, layout, module_of
 from pyro_symeq.code import deal, hold, is_dealt
 from pyro_symeq.draws import Draws
 from pyro_symeq.informing import in_latents, several_runs
@@ -25,11 +25,35 @@ T = TypeVar("T")
 
 
 class _Misfit(Exception):
-    """A run of the model did not observe what its pattern says."""
+    """A program did not observe what the pattern says.
 
-    def __init__(self, run: Run) -> None:
+    Args:
+        run: The run of the model.
+        guided: What the guide observed, if it was the guide.
+    """
+
+    def __init__(self, run: Run, guided: frozenset[str] | None = None) -> None:
         super().__init__()
         self.run = run
+        self.guided = guided
+
+    def refuse_again(self, pattern: Pattern) -> None:
+        """Refuses to look again where a pattern was found for these arguments a moment ago.
+
+        Raises:
+            ValueError: Something else than they decides what is observed.
+        """
+        if self.guided is not None:
+            self._refuse("guide", self.guided, pattern.guided)
+        elif pattern.knows(self.run):
+            self._refuse("model", self.run.observed, pattern.observed)
+
+    def _refuse(self, who: str, now: Iterable[str], before: Iterable[str]) -> None:
+        raise ValueError(
+            f"The {who} observed {sorted(now)} in one run and {sorted(before)} in another with "
+            "the same arguments. Let the arguments, or draws of sites, decide which sites are "
+            "observed."
+        ) from None
 
 
 class Pair:
@@ -65,6 +89,7 @@ class Pair:
         self.draws = draws
         self.players = players
         self._patterns: dict[Any, Pattern] = {}
+        self._modules = [m for m in map(module_of, (model, guide)) if m is not None]
 
     def decoder(self, play: Play, *args: Any, **kwargs: Any) -> Tensor:
         r"""Scores the model at the data, completed by the guide.
@@ -170,7 +195,7 @@ class Pair:
 
     def _fitting(self, act: Callable[[Play, Pattern, Call], T], play: Play, call: Call) -> T:
         """Acts with the pattern that such calls have, and looks again where it does not fit."""
-        key = layout(call)
+        key = layout(call), *self._modes()
         pattern, misfit, has_looked = self._patterns.get(key), None, False
         while True:
             try:
@@ -185,12 +210,12 @@ class Pair:
                 return result
             except _Misfit as error:
                 misfit = error.run
-                if has_looked and pattern is not None and pattern.knows(misfit):
-                    raise ValueError(
-                        f"The model observed {sorted(misfit.observed)} in one run and "
-                        f"{sorted(pattern.observed)} in another with the same arguments. Let the "
-                        "arguments, or draws of sites, decide which sites are observed."
-                    ) from None
+                if has_looked and pattern is not None:
+                    error.refuse_again(pattern)
+
+    def _modes(self) -> Iterator[bool]:
+        """Whether modules that the programs are, or belong to, are in training mode."""
+        return (module.training for module in self._modules)
 
     def _look(self, call: Call, misfit: Run | None, pattern: Pattern | None) -> Pattern:
         """Finds the pattern of a call, or of one more way that a run of its model can take."""
@@ -215,6 +240,8 @@ class Pair:
 
     def _decoder(self, play: Play, pattern: Pattern, call: Call) -> Tensor:
         _, run = self._wake(pattern, call)
+        if pattern.lacks_data:
+            play.lacks_data.add(self.players[0])
         return play.score(self.players[0], _scored(pattern, run))
 
     def _encoder(self, play: Play, pattern: Pattern, call: Call) -> Tensor:
@@ -227,6 +254,8 @@ class Pair:
         dreamed = pattern.hand_over(dream, call)
         trace = passes.replay(self.guide, dreamed, passes.values(dream.trace))
         pattern.check_dreamed(dream.trace, trace)
+        if not (guided := passes.observed(trace)) <= pattern.guided:
+            raise _Misfit(dream, guided)
         names = [n for n in passes.scored(trace, dream.trace) if n not in pattern.real]
         scored = [Scored(trace, names, _unobserved(pattern, dream))]
         if pattern.is_supervised and self.supervise_encoder and not pattern.lacks_data:

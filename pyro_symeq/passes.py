@@ -298,6 +298,11 @@ def observations(trace: Record) -> Observations:
     )
 
 
+def observed(trace: Record) -> frozenset[str]:
+    """The random variables that a program observed, all or in part."""
+    return frozenset(name for name, site in trace.variables.items() if site["is_observed"])
+
+
 def _observations(trace: Record, observed: Mapping[str, Tensor]) -> Observations:
     split = trace.split
     return {
@@ -470,6 +475,6 @@ def _sampled(msg: Site) -> Tensor:
         return msg["fn"](*msg["args"], **msg["kwargs"]).detach()
     except NotImplementedError as error:
         raise ValueError(
-            f"No draws at site '{msg['name']}': its law can't be sampled ({error}). The encoder "
-            "learns from dreams, in which the model draws all its sites. Take a law with samples."
+            f"No draws at site '{msg['name']}': its law can't be sampled ({error}). Dreams "
+            "are draws of all sites of the model: check the law, and the type of its parameters."
         ) from error

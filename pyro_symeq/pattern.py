@@ -51,16 +51,25 @@ class Place:
     dtype: torch.dtype
 
     def still_holds(self, leaf: object, observation: Observation) -> bool:
-        """Compares memory; of a copy, the elements, which costs a read and is for validation."""
+        """Compares memory; of a copy, the elements, which costs a read.
+
+        That is for validation, and where the dimensions are in another order.
+        """
         value = observation.value
         if not isinstance(leaf, Tensor):
             return False
         if self.kind == "pick":
             return not observation.origin.paths or observation.origin.path == self.path
         if self.kind in ("copy", "told"):
-            is_checked = self.kind == "copy" and is_validation_enabled()
-            return leaf.numel() == value.numel() and (not is_checked or equal(leaf, value))
-        return same_memory(leaf, value) or is_part(leaf, value)
+            is_fit = leaf.numel() == value.numel()
+            return is_fit and (not self._is_read(leaf, value) or equal(leaf, value))
+        return same_memory(leaf, value) or (self.kind == "view" and is_part(leaf, value))
+
+    def _is_read(self, leaf: Tensor, value: Tensor) -> bool:
+        """Whether elements are compared; a graph that records steps of one shape can't read."""
+        if self.kind == "told" or (leaf.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return False
+        return is_validation_enabled() or _is_turned(leaf, value)
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,8 @@ class Pattern:
         is_subsampled: Whether plates leave out rows.
         is_supervised: Whether the guide can be scored at the data: at observed latents, or at what
             it observes itself.
-        real: The sites at which the guide itself observes what stays real in dreams.
+        guided: The sites at which the guide itself observes something.
+        real: Those of them at which that stays real in dreams.
         places: The arguments that hold the values of sites. Observed latents may lack one.
         names: Writes paths as a user does.
         bind: The user's own way to hand a dream to the guide.
@@ -93,6 +103,7 @@ class Pattern:
     places: Mapping[str, Place]
     names: Names = field(repr=False)
     bind: Callable[..., Call] | None = None
+    guided: frozenset[str] = frozenset()
     real: frozenset[str] = frozenset()
 
     @property
@@ -115,9 +126,10 @@ class Pattern:
         return {n: Observation(get(call, p.path).to(p.dtype)) for n, p in places.items()}
 
     def fits(self, run: Run, call: Call) -> bool:
-        """Whether a run of the model observed sites of this pattern alone, where they lie."""
+        """Whether a run of the model observed sites of this pattern alone, as far and where it says."""
         drawn = {name for name in run.trace.variables} - run.observed.keys()
-        if drawn & self.observed or not self.knows(run):
+        masked = {name for name, seen in run.observed.items() if seen.mask is not None}
+        if drawn & self.observed or not (masked <= self.masked and self.knows(run)):
             return False
         return all(
             place.still_holds(get(call, place.path), run.observed[name])
@@ -141,6 +153,7 @@ class Pattern:
             missing=self.missing - seen | other.missing,
             is_subsampled=self.is_subsampled or other.is_subsampled,
             is_supervised=self.is_supervised or other.is_supervised,
+            guided=self.guided | other.guided,
             real=self.real | other.real,
             places={**self.places, **other.places},
         )
@@ -362,3 +375,9 @@ def _dreamed_rows(x: Tensor, chains: list[Picks], trace: Record) -> Iterator[tup
             rows = kept[torch.arange(size, device=x.device) % len(kept)]
             rows[kept] = kept
             yield dim, rows
+
+
+def _is_turned(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same dimensions in another order, leaving out those of size 1."""
+    sizes = [[n for n in x.shape if n > 1] for x in (a, b)]
+    return sizes[0] != sizes[1] and sorted(sizes[0]) == sorted(sizes[1])

@@ -17,15 +17,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from pyro.distributions import Empirical
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
+from torch.distributions import Categorical
 
 from pyro_symeq import passes
 from pyro_symeq.batch import batches
 from pyro_symeq.binding import Call, Program, leaves, put
 from pyro_symeq.nonfinite import NotFiniteError
 from pyro_symeq.ownership import Owners, Parameters
-from pyro_symeq.tracing import Record, tensors
+from pyro_symeq.tracing import Record, base, tensors
 
 __all__ = ["Play"]
 
@@ -65,6 +67,7 @@ class Play:
         self.learner = learner
         self.log_probs: list[tuple[str, str, Tensor]] = []  # player, site, nats
         self.touched: dict[str, Parameters] = {name: {} for name in programs}
+        self.lacks_data: set[str] = set()  # players some of whose batches hold latents alone
 
     def sample(
         self, player: str, /, *args: Any, given: Mapping[str, Tensor] | None = None, **kwargs: Any
@@ -218,6 +221,7 @@ def _broadcast(player: str, name: str, fn: Any, value: Tensor) -> Tensor:
     """
     if value.dim() == 0:  # a number, which has no place of its own
         value = value.to(next((x.device for x in tensors(fn)), value.device))
+    value = _as_drawn(fn, value)
     try:
         value = value.expand(fn.shape())
     except RuntimeError as error:
@@ -228,6 +232,19 @@ def _broadcast(player: str, name: str, fn: Any, value: Tensor) -> Tensor:
             f"{fn.support}."
         )
     return value
+
+
+def _as_drawn(fn: Any, value: Tensor) -> Tensor:
+    """Integers as numbers of the type that a law draws, as far as that is known."""
+    law = base(fn)
+    if isinstance(law, Categorical):
+        return value.long() if value.dtype == torch.bool else value
+    if value.is_floating_point() or isinstance(law, Empirical):
+        return value
+    if type(law).__module__.partition(".")[0] not in ("torch", "pyro"):
+        return value
+    like = next((x for x in tensors(law) if x.is_floating_point()), value)
+    return value.to(like.dtype)
 
 
 def _whole(player: str, name: str, fn: Any, value: Tensor) -> Tensor:
@@ -311,6 +328,7 @@ class Score:
         parameters: The player's parameters (leaves), by name.
         unnamed: Parameters of the player that its program uses without a statement.
         check_finite: Raises a ``ValueError`` if the utility is not finite, for which the host waits.
+        lacks_data: Whether parts of its program were left out, for want of data.
         are_gradients_finite: Whether they are to be; the utility is NaN where one is not.
     """
 
@@ -318,6 +336,7 @@ class Score:
     parameters: Parameters
     unnamed: list[Tensor]
     check_finite: Callable[[], None]
+    lacks_data: bool = False
     are_gradients_finite: bool = False
 
     def check(self) -> None:
@@ -433,7 +452,8 @@ class Stage:
         unnamed = self.owners.unnamed(player, utility, play.touched.values(), sites)
         owned = self.owners.owned(player, play.touched[player])
         check_finite = partial(play.check_finite, player, utility)
-        return Score(utility, owned, unnamed, check_finite, self.are_gradients_finite)
+        lacks_data = player in play.lacks_data
+        return Score(utility, owned, unnamed, check_finite, lacks_data, self.are_gradients_finite)
 
 
 def _check_scalar(player: str, utility: Any) -> None:

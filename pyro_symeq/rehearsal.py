@@ -7,7 +7,7 @@ that cannot learn before anything moves.
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
@@ -39,6 +39,7 @@ from pyro_symeq.binding import (
     is_strided,
     kind,
     leaves,
+    overlap,
     put,
     strided,
 )
@@ -48,6 +49,7 @@ from pyro_symeq.pattern import Pattern, Place
 from pyro_symeq.provenance import follow, name_of, take
 from pyro_symeq.tracing import UNOBSERVED, Record, Site, tensors
 
+NUM_OTHERS = 8  # draws: of a fair bit in one row, all are alike once in 256
 Keep = Callable[[Iterable[Tensor]], None]
 Law = tuple[Any, Any]  # a distribution and its mask
 Bind = Mapping[str, str] | Callable[[Trace, tuple[Any, ...], dict[str, Any]], Call]
@@ -163,6 +165,7 @@ class _Rehearsal:
     def pattern(self) -> Pattern:
         """Finds the pattern and checks that the pair can learn from it."""
         pattern = self.cast()
+        self.refuse_unsampled(pattern.missing)
         dreamed = pattern.hand_over(self.dream, self.call)
         self.refuse_wrong_pairing(pattern, dreamed)
         data, sources = self.data(pattern, dreamed), self.sources(pattern, dreamed)
@@ -185,9 +188,10 @@ class _Rehearsal:
             if reads.any([source]):
                 raise ValueError(self.cannot_tell(name, []))
         self.warn_of_priors(pattern, trace, followed)
-        is_supervised = bool(pattern.latents or passes.observations(trace))
+        guided = passes.observed(trace)
+        is_supervised = bool(pattern.latents or guided)
         real = self.real(trace, dreamed, followed)
-        return replace(pattern, is_supervised=is_supervised, real=real)
+        return replace(pattern, is_supervised=is_supervised, guided=guided, real=real)
 
     def guide_at(self, dream: Run, call: Call) -> Record:
         """Runs the guide on a dream."""
@@ -271,6 +275,10 @@ class _Rehearsal:
         are_copies = all(kind(get(self.call, path), seen.value) == "copy" for path in paths)
         if are_copies and seen.origin.path is not None and self.is_picked(seen):
             paths = self.aliases(get(self.call, seen.origin.path))
+        if len(paths) == 1:
+            paths += [
+                p for p, x in strided(self.call) if p not in paths and overlap(x, seen.value)
+            ]
         if len(paths) > 1 and not callable(self.bind):
             raise ValueError(self.cannot_tell(name, paths))
         return paths[0] if len(paths) == 1 else None
@@ -423,21 +431,45 @@ class _Rehearsal:
         differing = _other_laws(at_data, self.laws(call), dream)
         return [] if _other_laws(at_data, self.laws(self.call), dream) else differing
 
-    def laws(self, call: Call) -> dict[str, Law]:
+    def refuse_unsampled(self, missing: Collection[str]) -> None:
+        """Checks that no law of other sites depends on what neither program is given.
+
+        They would be scored at draws of its prior.
+        """
+        if not missing:
+            return
+        others = [passes.dream(self.model, self.call).trace for _ in range(NUM_OTHERS)]
+        at_dream = self.laws(self.call)
+        for other in others:
+            laws = self.laws(self.call, {n: passes.value(other, n) for n in missing if n in other})
+            differing = _other_laws(at_dream, laws, self.dream.trace)
+            if depending := [name for name in differing if name not in missing]:
+                raise ValueError(
+                    f"The model's laws of {depending} depend on {sorted(missing)}, which the batch "
+                    "doesn't give and the guide never samples. Sample these sites in the guide "
+                    "too, or give them in each batch."
+                )
+
+    def laws(self, call: Call, others: Mapping[str, Tensor] | None = None) -> dict[str, Law]:
         """The laws of the model's sites that have a density, at the values of the dream.
 
         Masks belong to them, but for ``obs_mask=``, which tells what of the data is there.
+
+        Args:
+            call: The arguments of the model.
+            others: Values on which they depend in the place of the dream's.
         """
-        trace = self.run_again(call)
+        trace = self.run_again(call, others)
         return {
             name: (independent_parts(site["fn"])[0], None if name in trace.split else site["mask"])
             for name, site in trace.variables.items()
             if not passes.is_implicit(site)
         }
 
-    def run_again(self, call: Call) -> Record:
-        """Runs the model with the values of the dream."""
-        given = passes.fix(passes.values(self.dream.trace), lambda name, law, value: value)
+    def run_again(self, call: Call, others: Mapping[str, Tensor] | None = None) -> Record:
+        """Runs the model with the values of the dream, or others in their place."""
+        values = passes.values(self.dream.trace) | dict(others or {})
+        given = passes.fix(values, lambda name, law, value: value)
         with randomness.kept():
             return passes.sample(self.model, call, given)
 

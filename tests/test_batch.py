@@ -1,14 +1,18 @@
 """Batches of different kinds make up a step."""
 
+import math
 import weakref
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.optim import SGD
+from torch import nn
 
 from pyro_symeq import Batch, SymmetricEquilibrium, SymmetricUtility
 from tests.enumerable import Ladder, bits
+from tests.test_equilibrium import clone, identical
 
 X = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
 Z0 = torch.tensor([[0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
@@ -129,3 +133,35 @@ def test_one_graph_at_a_time_takes_memory():
         peaks.append(peak)
         pyro.clear_param_store()
     assert peaks[0] == peaks[1] > 0
+
+
+def test_latents_alone_may_come_first_where_the_prior_has_no_parameters():
+    """The decoder learns nothing from them; a decoder that can't learn from data is refused then."""
+    decoder, encoder, learns = nn.Linear(4, 3), nn.Linear(3, 4), False
+
+    def model(x=None, y=None):
+        pyro.module("decoder", decoder)
+        with pyro.plate("rows", 4):
+            y = pyro.sample("y", dist.OneHotCategorical(torch.ones(4)), obs=y)
+            loc = decoder(y)
+            loc = loc if learns else loc.detach()
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    def guide(x=None, y=None):
+        pyro.module("encoder", encoder)
+        with pyro.plate("rows", 4):
+            pyro.sample("y", dist.OneHotCategorical(logits=encoder(x)))
+
+    symeq = SymmetricEquilibrium(model, guide, SGD({"lr": 0.1}))
+    before = clone([*decoder.parameters(), *encoder.parameters()])
+    loss = symeq.step(y=torch.eye(4))
+    assert loss.utilities["decoder"] == pytest.approx(4 * math.log(1 / 4))
+    assert identical(decoder.parameters(), before[:2])
+    assert not identical(encoder.parameters(), before[2:])
+    with pytest.raises(
+        ValueError, match="utility of the decoder doesn't depend on its parameters"
+    ):
+        symeq.step(torch.randn(4, 3))
+    learns = True
+    symeq.step(torch.randn(4, 3))
+    assert not identical(decoder.parameters(), before[:2])

@@ -1,8 +1,10 @@
 """Which argument holds which observed site."""
 
 import collections
+import collections.abc
 import dataclasses
 import functools
+import types
 
 import pyro
 import pyro.distributions as dist
@@ -24,6 +26,36 @@ Named = collections.namedtuple("Named", "image label")
 class Batch:
     image: torch.Tensor
     length: int = D
+
+
+class Bag(collections.abc.MutableMapping):
+    """A mapping whose shallow copy holds its items in the same dict."""
+
+    def __init__(self, items):
+        self.items_ = items
+
+    def __getitem__(self, key):
+        return self.items_[key]
+
+    def __setitem__(self, key, value):
+        self.items_[key] = value
+
+    def __delitem__(self, key):
+        del self.items_[key]
+
+    def __iter__(self):
+        return iter(self.items_)
+
+    def __len__(self):
+        return len(self.items_)
+
+
+class Attributes(dict):
+    """A dict whose items are its attributes."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.__dict__ = self
 
 
 class Watched:
@@ -88,6 +120,12 @@ CASES = {
     "part of a wider one": (
         lambda x: ((torch.cat([torch.ones(B, 2), x], -1),), {}),
         lambda x: x[:, 2:],
+    ),
+    "mapping of one's own": (lambda x: ((Bag({"image": x}),), {}), lambda b: b["image"]),
+    "dict of attributes": (lambda x: ((Attributes(image=x),), {}), lambda b: b.image),
+    "read-only mapping": (
+        lambda x: ((types.MappingProxyType({"image": x}),), {}),
+        lambda b: b["image"],
     ),
     "ordered dict": (
         lambda x: ((), {"b": collections.OrderedDict(image=x)}),
@@ -248,6 +286,25 @@ def test_sites_share_an_argument():
     torch.testing.assert_close(dream[:, :-1], 10 * z - 5, atol=0.01, rtol=0)
     assert torch.equal(dream[:, -1], x[:, -1])
     assert torch.equal(x, before)
+
+
+OVERLAPPING = {
+    "columns": lambda x: x[:, :1],
+    "transposed": lambda x: x.t(),
+    "every other row": lambda x: x.as_strided((2, D), (2 * D, 1)),
+    "shifted": lambda x: torch.as_strided(x, (B - 1, D), (D, 1), 1),
+    "expanded": lambda x: x[0, 0].expand(B),
+}
+
+
+@pytest.mark.parametrize("case", OVERLAPPING)
+def test_an_argument_that_overlaps_the_data_is_refused(case):
+    """It would be real beside a dream."""
+    pair, x = Watched(lambda x, part: x), images()
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, SGD({"lr": 0.1}))
+    with pytest.raises(ValueError, match=r"Several arguments .* \['args.0', 'args.1'\]"):
+        symeq.step(x, OVERLAPPING[case](x))
+    symeq.step(x, OVERLAPPING[case](x.clone()))  # the user's word for it
 
 
 def test_arguments_that_are_parts_of_one_tensor():
@@ -693,6 +750,52 @@ def test_what_a_dataclass_computes_is_that_of_the_dream():
     changed = put(counts, ("x",), torch.zeros(2))
     assert (counts.total, changed.total) == (2, 0)
     assert changed.size is counts.size
+
+
+@dataclasses.dataclass
+class Featured:
+    x: torch.Tensor
+    features: torch.Tensor = dataclasses.field(init=False)
+    table: dict = dataclasses.field(init=False)
+    split: str = dataclasses.field(default="all", init=False)
+    mask: torch.Tensor = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        self.features = self.x.abs()
+        self.table = {"signs": self.x.sign()}
+
+
+def test_fields_that_a_dataclass_computes_are_those_of_the_dream():
+    rows = Featured(torch.ones(2))
+    rows.split, rows.mask = "test", torch.ones(2, dtype=torch.bool)
+    changed = put(rows, ("x",), torch.full((2,), -3.0))
+    assert changed.features.tolist() == [3, 3]
+    assert changed.table["signs"].tolist() == [-1, -1]
+    assert changed.split == "test"  # set since
+    assert changed.mask is rows.mask
+    assert rows.features.tolist() == [1, 1]
+    changed = put(rows, ("features",), torch.zeros(2))
+    assert changed.features.sum() == 0
+    assert changed.x is rows.x
+
+
+def test_mappings_are_copied_or_refused():
+    class Fixed(collections.abc.Mapping):
+        def __getitem__(self, key):
+            return {"x": 1}[key]
+
+        def __iter__(self):
+            return iter("x")
+
+        def __len__(self):
+            return 1
+
+    with pytest.raises(ValueError, match="got Fixed, which can't be changed. Pass a dict"):
+        put(Fixed(), ("x",), 2)
+    rows = Attributes(x=1, y=2)
+    changed = put(rows, ("x",), 3)
+    assert (changed["x"], changed.x, changed.y) == (3, 3, 2)
+    assert (rows["x"], rows.x) == (1, 1)
 
 
 def test_a_dataclass_does_not_compute_a_field_twice():

@@ -1,5 +1,6 @@
 """The two verbs of a play, and what a gradient of a utility reaches."""
 
+import math
 from copy import deepcopy
 
 import pyro
@@ -11,7 +12,7 @@ from pyro.distributions.transforms import affine_coupling
 from pyro.optim import SGD, Adam
 from torch import nn
 
-from pyro_symeq import Implicit, SymmetricEquilibrium, SymmetricUtility
+from pyro_symeq import Game, Implicit, Player, SymmetricEquilibrium, SymmetricUtility
 from pyro_symeq.play import Play, Stage
 from tests.enumerable import Ladder, gradients, utilities
 from tests.montecarlo import assert_mean
@@ -601,3 +602,23 @@ def test_a_network_may_come_to_rest_between_two_steps():
     symeq.step(x)
     assert torch.equal(encoder[0].weight, first)
     assert not torch.equal(encoder[1].weight, last)
+
+
+@pytest.mark.parametrize("value", [1, True, torch.ones(4, dtype=torch.long)])
+def test_whole_numbers_are_given_in_the_type_of_the_site(value):
+    def program(x):
+        q = pyro.param("q", torch.tensor(0.5))
+        with pyro.plate("rows", len(x)):
+            y = pyro.sample("y", dist.Bernoulli(q))
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)))
+            pyro.sample("x", dist.Normal(y + q.expand(2)[k], 1.0), obs=x)
+
+    def utility(play, x):
+        drawn = play.sample("p", x, given={"y": value, "k": value})
+        assert (drawn["y"].dtype, drawn["k"].dtype) == (x.dtype, torch.long)
+        return play.log_prob("p", x, given={"y": value, "k": value})
+
+    x = torch.randn(4)
+    game = Game([Player("p", program, SGD({"lr": 0.0}), utility)])
+    expected = 2 * math.log(0.5) + dist.Normal(1.5, 1.0).log_prob(x)
+    assert game.step(x).utilities["p"] == pytest.approx(expected.sum().item())

@@ -301,6 +301,179 @@ def test_data_outside_the_support(warm):
     refuse(pair, "No log-probability at site 'x': Expected value", X * float("nan"), warm)
 
 
+@pytest.mark.parametrize("others", [{}, {"w": torch.zeros(4)}], ids=["x alone", "with more"])
+def test_a_latent_that_is_in_neither_the_guide_nor_the_batch(others):
+    """It may be left out only where nothing else depends on it, as on another view of the data."""
+
+    def model(x=None, y=None, w=None):
+        p = pyro.param("p", torch.tensor([-1.0, 1.0]))
+        with pyro.plate("rows", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.ones(2)), obs=y)
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(p[y] + z, 1.0), obs=x)
+            pyro.sample("w", dist.Normal(z * p[0], 1.0), obs=w)
+
+    def guide(x=None, y=None, w=None):
+        slope = pyro.param("slope", torch.tensor(0.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(slope * x, 1.0))
+
+    symeq = SymmetricEquilibrium(model, guide, Adam({"lr": 0.1}))
+    problem = r"laws of \['x'\] depend on .*'y'.*, which the batch doesn't give"
+    with pytest.raises(ValueError, match=problem):
+        symeq.step(torch.randn(4), **others)
+    symeq.step(torch.randn(4), torch.ones(4, dtype=torch.long))  # without w
+
+
+@pytest.mark.parametrize("validate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["view", "cast"])
+def test_a_batch_of_one_row_does_not_hide_a_transpose(dtype, validate):
+    """The guide is given the labels, and dreams of the data, in the order of its arguments."""
+    seen = []
+
+    def model(x, y):
+        p = pyro.param("p", torch.ones(()))
+        with pyro.plate("rows", len(x), dim=-1), pyro.plate("times", 3, dim=-2):
+            y = pyro.sample("y", dist.Normal(torch.zeros(()), 1.0), obs=y.t())
+            pyro.sample("x", dist.Normal(9 * y + 0 * p, 0.01), obs=x.t().double())
+
+    def guide(x, y):
+        w = pyro.param("w", torch.ones(()))
+        with pyro.plate("rows", len(x), dim=-1), pyro.plate("times", 3, dim=-2):
+            seen.append((x, pyro.sample("y", dist.Normal(w * x.t(), 1.0)), y))
+
+    symeq = SymmetricEquilibrium(model, guide, Adam({"lr": 0.1}))
+    x, y = torch.randn(4, 3, dtype=dtype), torch.randn(4, 3)
+    with pyro.validation_enabled(validate):
+        symeq.step(x[:1], y[:1])
+        symeq.step(x, y)
+        seen.clear()
+        symeq.step(x, y)
+    assert len(seen) >= 2
+    for seen_x, sampled, given in seen:
+        assert sampled.equal(given.t())  # the labels, or those of the dream
+        if not seen_x.equal(x):
+            torch.testing.assert_close(seen_x.t().double(), 9 * sampled, atol=0.1, rtol=0)
+
+
+def test_labels_of_all_rows_first_and_of_some_later():
+    """What unlabelled rows hold in the place of a label is no label."""
+    drawn = []
+
+    def model(x, y, is_labelled):
+        p = pyro.param("p", torch.zeros(2))
+        mask = {} if is_labelled.all() else {"obs_mask": is_labelled}
+        with pyro.plate("rows", len(x)):
+            y = pyro.sample("y", dist.Bernoulli(torch.tensor(0.5)), obs=y, **mask)
+            pyro.sample("x", dist.Normal(p[y.long()], 1.0), obs=x)
+
+    def guide(x, y, is_labelled):
+        w = pyro.param("w", torch.ones(()))
+        with pyro.plate("rows", len(x)):
+            y = pyro.sample("y", dist.Bernoulli(logits=w * x))
+        drawn.append((x, y))
+
+    symeq = SymmetricEquilibrium(model, guide, Adam({"lr": 0.1}))
+    x, is_labelled = torch.randn(100), torch.arange(100) < 50
+    symeq.step(x[:50], torch.ones(50), torch.ones(50, dtype=torch.bool))
+    symeq.step(x, is_labelled.double(), is_labelled)
+    drawn.clear()
+    symeq.step(x, is_labelled.double(), is_labelled)
+    completed = [y for seen, y in drawn if seen is x]
+    assert completed
+    for y in completed:
+        assert y[:50].eq(1).all()
+        assert 0 < y[50:].sum() < 50
+
+
+SWITCHES = {
+    "mode of a module": (lambda pair, is_on: pair.train(is_on), lambda pair, _: pair.training),
+    "number": (lambda pair, is_on: 0.5 * is_on, lambda pair, number: number > 0),
+    "attribute": (
+        lambda pair, is_on: setattr(pair, "is_on", is_on),
+        lambda pair, _: pair.is_on,
+    ),
+}
+
+
+class Switched(nn.Module):
+    """A pair whose guide observes labels where it is told to.
+
+    Args:
+        is_on: Tells of the pair and its second argument whether it is told to.
+    """
+
+    def __init__(self, is_on):
+        super().__init__()
+        self.decoder, self.encoder, self.classes = (
+            nn.Linear(1, 2),
+            nn.Linear(2, 1),
+            nn.Linear(2, 1),
+        )
+        self._is_on = is_on
+
+    def model(self, x, switch, y):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(self, x, switch, y):
+        pyro.module("encoder", self.encoder)
+        pyro.module("classes", self.classes)
+        with pyro.plate("rows", len(x)):
+            if self._is_on(self, switch):
+                pyro.sample("y", dist.Bernoulli(logits=self.classes(x)[:, 0]), obs=y)
+            pyro.sample("z", dist.Normal(self.encoder(x), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_what_the_guide_observes_may_be_switched_on_later(switch):
+    """Then the labels train it at the data, and they aren't scored at dreams."""
+    turn, is_on = SWITCHES[switch]
+    for first in (False, True):
+        pyro.clear_param_store()
+        pair = Switched(is_on)
+        stage = SymmetricUtility().stage(pair.model, pair.guide)
+        x, y = torch.randn(4, 2), torch.ones(4)
+        for value in (first, True):
+            setting = turn(pair, value)
+            pyro.set_rng_seed(1)
+            score = stage.score("encoder", ((x, setting, y), {}))
+        gradients = score.gradients(list(pair.classes.parameters()))
+        at_data = dist.Bernoulli(logits=pair.classes(x)[:, 0]).log_prob(y).sum()
+        expected = torch.autograd.grad(-at_data, list(pair.classes.parameters()))
+        torch.testing.assert_close(list(gradients), list(expected))
+
+
+def test_a_guide_that_observes_others_in_each_run_is_refused():
+    pair, count = Pair(), itertools.count()
+    pair.beside_z = lambda z: pyro.sample(
+        f"y{next(count)}", dist.Normal(z, 1.0).to_event(1), obs=z
+    )
+    refuse(pair, r"guide observed \['y\d+'\] in one run and \['y\d+'\] in another")
+
+
+def test_teacher_forcing_that_begins_later_is_refused():
+    def model(x, ratio):
+        p = pyro.param("p", torch.ones(()))
+        with pyro.plate("rows", len(x)):
+            state = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            for t in range(2):
+                x_t = pyro.sample(f"x{t}", dist.Normal(p * state, 1.0), obs=x[:, t])
+                state = x[:, t] if ratio > 0 else x_t
+
+    def guide(x, ratio):
+        w = pyro.param("w", torch.ones(()))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(w * x.sum(-1), 1.0))
+
+    symeq = SymmetricEquilibrium(model, guide, Adam({"lr": 0.1}))
+    symeq.step(torch.randn(4, 2), 0.0)
+    with pytest.raises(ValueError, match=r"law of \['x1'\] depends on the data"):
+        symeq.step(torch.randn(4, 2), 0.5)
+
+
 def test_a_prior_without_draws():
     pair = Pair()
     pair.prior = dist.ImproperUniform(dist.constraints.real_vector, (), (1,))
