@@ -44,7 +44,7 @@ class Rounds:
     Args:
         num_steps: The number of rounds.
         burn_in: How many of them to leave out at first.
-        thin: Each how-many-th of the others to keep.
+        thin: Of the other rounds, every ``thin``-th is kept.
         start: At a dream, or at the data of the batch.
 
     Raises:

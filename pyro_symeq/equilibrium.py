@@ -59,14 +59,14 @@ class SymmetricEquilibrium(Game):
             ``"simultaneous"``: both move from the same point.
         decoder_steps: How often the decoder moves in a call of :meth:`step`.
         encoder_steps: How often the encoder does.
-        encoder_warmup: In how many first calls the encoder alone moves, on dreams of the untrained
-            decoder.
+        encoder_warmup: The number of calls at the start in which the encoder alone moves, on dreams
+            of the untrained decoder.
         code_warmup: For how many calls the encoder learns a code for the data besides, if after 50
             calls its discrete latents, 8 or more, say hardly anything about them: less than 0.03
             bits each on average. Draws of the prior are dealt out to the rows in the order of the encoder's
             own means, in every fourth call. They count in its gradient, not in its utility, and
             ever less: at the end, the game is what it was. With 0, there is no code.
-        watch: After how many calls, each time, the loss has ``.information``; 0: never.
+        watch: Every ``watch`` calls, the loss has ``.information``; with 0, it never has.
         parameters: Modules whose parameters are the ``"decoder"``'s or the ``"encoder"``'s own,
             where what the model touches isn't to be the decoder's; see :class:`Player`.
         capture: Whether to record a step on each kind of batch and to replay it: in a CUDA graph,

@@ -82,7 +82,7 @@ class SymmetricModule(LightningModule):
         updates: See :class:`~pyro_symeq.SymmetricEquilibrium`, as for what follows.
         decoder_steps: How often the decoder moves in a step.
         encoder_steps: How often the encoder does.
-        encoder_warmup: In how many first steps the encoder alone moves.
+        encoder_warmup: The number of steps at the start in which the encoder alone moves.
         code_warmup: For how many steps the encoder learns a code besides, if it needs one.
 
     Attributes:

@@ -118,7 +118,7 @@ class LimitingDistribution:
                 with values of variables. They tell how many rows there are.
             num_steps: The number of rounds.
             burn_in: How many to leave out at first; by default all but the last ``thin``.
-            thin: Each how-many-th of the others to keep.
+            thin: Of the other rounds, every ``thin``-th is kept.
             start: Where the chains start: at a ``"dream"`` of the model (a draw of the prior, for
                 conditionals), or at the ``"data"`` in the batch.
             given: Values of sites that stay as they are.
@@ -173,7 +173,7 @@ class LimitingDistribution:
             num_samples: The number of chains for each row.
             num_steps: The number of rounds.
             burn_in: How many to leave out at first; by default half of them.
-            thin: Each how-many-th of the others to keep.
+            thin: Of the other rounds, every ``thin``-th is kept.
             start: As for :meth:`sample`.
             progress: Whether to show a progress bar.
 
@@ -223,7 +223,7 @@ class LimitingDistribution:
             args: As for :meth:`sample`.
             num_steps: The number of rounds.
             burn_in: How many to leave out at first; by default half of them.
-            thin: Each how-many-th of the others to keep.
+            thin: Of the other rounds, every ``thin``-th is kept.
             start: As for :meth:`sample`.
             given: As for :meth:`sample`.
             mask: As for :meth:`sample`.

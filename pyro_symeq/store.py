@@ -15,7 +15,7 @@ import torch.distributed
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
-__all__: list[str] = []
+__all__ = ["serve"]
 
 
 def serve(host: str, port: int) -> "tuple[TCPStore, int]":

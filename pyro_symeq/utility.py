@@ -107,8 +107,8 @@ class SymmetricUtility(ELBO):
             read the size of a batch off their arguments.
         max_plate_nesting: The number of batch dimensions that plates take up, for vectorised
             particles; if left out, the first run of the model tells.
-        num_proposals: Of how many draws of the guide a completion is chosen, row by row with
-            probability proportional to :math:`p_\theta(x, z) / q_\varphi(z \mid x)`: the decoder's
+        num_proposals: The number of draws of the guide of which one is the completion, row by row
+            with probability proportional to :math:`p_\theta(x, z) / q_\varphi(z \mid x)`: the decoder's
             step of reweighted wake-sleep.
 
     References:
