@@ -24,7 +24,7 @@ Run ``python examples/mnist_nll.py --help`` for the options.
 
 import argparse
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Settings:
     Args:
         steps: The number of steps, over which the learning rate falls to zero along a cosine.
         batch_size: The number of images of a step, and of dreams.
-        learning_rate: The learning rate at the start, of both players.
+        learning_rate: The learning rate at the start, of both players, see :data:`RATES`.
         num_proposals: Among how many draws of the encoder a completion is chosen.
         encoder_width: The number of hidden units between two layers of the encoder; without any,
             its maps are affine.
@@ -76,6 +76,7 @@ class Settings:
     num_draws: int = 1000
 
 
+RATES = {"linear": 1e-2, "nonlinear": 1e-3}
 PRESETS = {
     "laptop": Settings(60_000),
     "smoke": Settings(4, batch_size=8, num_images=20, num_draws=10),
@@ -281,6 +282,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     """Trains a pair, and tells the log-likelihood of the test images."""
     settings = begun(options, PRESETS[options.preset])
+    settings = replace(settings, learning_rate=RATES[options.network])
     data = digits(options.data, options.data_root, settings.num_images, options.device)
     training = Training(data, options.network, settings, options.seed)
     identity = {

@@ -164,9 +164,11 @@ PAGES = [
     "failures.md",
     "games.md",
     "implicit_priors.md",
+    "ladders.md",
     "lightning.md",
     "metrics.md",
     "sampling.md",
+    "schedules.md",
 ]
 
 
