@@ -268,14 +268,17 @@ def is_part(leaf: Tensor, value: Tensor) -> bool:
 
 def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have elements in memory in common."""
-    if not share_storage(a, b):
+    if not (share_storage(a, b) and a.numel() and b.numel()):
         return False
-    size = a.untyped_storage().nbytes() // a.element_size()
-    marks = torch.zeros(size, dtype=torch.bool, device=a.device)
+    starts = [x.storage_offset() for x in (a, b)]
+    ends = [start + _extent(x) for start, x in zip(starts, (a, b), strict=True)]
+    if max(starts) >= min(ends):
+        return False
+    marks = torch.zeros(max(ends) - min(starts), dtype=torch.bool, device=a.device)
 
     def marks_of(x: Tensor) -> Tensor:
-        once = [min(n, 1) if step == 0 else n for n, step in zip(x.shape, x.stride(), strict=True)]
-        return marks.as_strided(once, x.stride(), x.storage_offset())
+        once = [1 if step == 0 else n for n, step in zip(x.shape, x.stride(), strict=True)]
+        return marks.as_strided(once, x.stride(), x.storage_offset() - min(starts))
 
     marks_of(a).fill_(True)
     return bool(marks_of(b).any())

@@ -16,7 +16,7 @@ from pyro.optim import SGD
 from torch import nn
 
 from pyro_symeq import SymmetricEquilibrium
-from pyro_symeq.binding import Names, find, get, layout, leaves, own, put, substitute
+from pyro_symeq.binding import Names, find, get, layout, leaves, overlap, own, put, substitute
 
 B, D = 4, 3
 Named = collections.namedtuple("Named", "image label")
@@ -906,3 +906,18 @@ def test_a_dict_names_one_argument_for_a_site():
     match = r"Several arguments hold.*\['args.0', 'args.1'\].*function bind="
     with pytest.raises(ValueError, match=match):
         symeq.step(images(), images())
+
+
+@given(st.data())
+def test_tensors_overlap_where_they_share_elements(data):
+    memory = torch.arange(60.0)
+
+    def some_view():
+        shape = data.draw(st.lists(st.integers(0, 3), max_size=3))
+        stride = data.draw(st.lists(st.integers(0, 7), min_size=len(shape), max_size=len(shape)))
+        return memory.as_strided(shape, stride, data.draw(st.integers(0, 15)))
+
+    a, b = some_view(), some_view()
+    expected = not {*a.flatten().tolist()}.isdisjoint(b.flatten().tolist())
+    assert overlap(a, b) == overlap(b, a) == expected
+    assert not overlap(a, b.clone())
