@@ -123,14 +123,18 @@ def _with_field(tree: Any, name: str, value: Any) -> Any:
     it has been changed since.
     """
     if _is_dataclass(tree):
-        given = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree) if f.init}
+        fields = {field.name: field.init for field in dataclasses.fields(tree)}
+        expected = {key: getattr(tree, key) for key in fields if fields[key]} | {name: value}
         try:
-            twin, same = dataclasses.replace(tree, **{name: value}), dataclasses.replace(tree)
-            expected = given | {name: value}
+            twin = dataclasses.replace(tree, **{name: value})
             if all(getattr(twin, key) is x for key, x in expected.items()):
-                for key in {field.name for field in dataclasses.fields(tree)} - given.keys():
-                    if not _alike(getattr(same, key, None), getattr(tree, key)):
-                        object.__setattr__(twin, key, getattr(tree, key))
+                for key in fields.keys() - expected.keys():
+                    held, computed = (
+                        getattr(tree, key),
+                        getattr(dataclasses.replace(tree), key, None),
+                    )
+                    if not _alike(held, computed):
+                        object.__setattr__(twin, key, held)
                 return twin
         except (TypeError, ValueError):  # it can't be made of its fields, or not of these
             pass

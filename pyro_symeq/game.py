@@ -690,12 +690,13 @@ class Game:
         with self._ranks.rehearsing(self._strategies.values()):
             scores = self._tried(self._try, call, needed=moving | watched)
             tried = {name: scores[name] for name in scores if name in moving | watched}
+            unused = {name: self._stage.owners.unused(name) for name in tried}
+            waiting = {name for name in tried if tried[name].lacks_data and unused[name]}
             for name, score in tried.items():
-                unused = [] if score.lacks_data else self._stage.owners.unused(name)
-                _check_learnable(name, score, unused)
+                _check_learnable(name, score, [] if name in waiting else unused[name])
             if not any(score.parameters for score in tried.values()):
                 raise ValueError(NOTHING_TO_LEARN)
-        self._learnable |= {name for name in moving if not scores[name].lacks_data}
+        self._learnable |= moving - waiting
 
     def _tried(
         self, score: Callable[[str, Call], Score], call: Call, needed: Collection[str]

@@ -239,10 +239,9 @@ class Pair:
             _score_all(passes.fill_in(self.guide, call, {}))
 
     def _decoder(self, play: Play, pattern: Pattern, call: Call) -> Tensor:
-        _, run = self._wake(pattern, call)
-        if pattern.lacks_data:
-            play.lacks_data.add(self.players[0])
-        return play.score(self.players[0], _scored(pattern, run))
+        name, (_, run) = self.players[0], self._wake(pattern, call)
+        play.has_data[name] = play.has_data.get(name, False) or not pattern.lacks_data
+        return play.score(name, _scored(pattern, run))
 
     def _encoder(self, play: Play, pattern: Pattern, call: Call) -> Tensor:
         dream = self._dream(pattern, call)

@@ -126,7 +126,7 @@ class Pattern:
         return {n: Observation(get(call, p.path).to(p.dtype)) for n, p in places.items()}
 
     def fits(self, run: Run, call: Call) -> bool:
-        """Whether a run of the model observed sites of this pattern alone, as far and where it says."""
+        """Whether a run of the model observed sites of this pattern alone, as it says and where."""
         drawn = {name for name in run.trace.variables} - run.observed.keys()
         masked = {name for name, seen in run.observed.items() if seen.mask is not None}
         if drawn & self.observed or not (masked <= self.masked and self.knows(run)):

@@ -67,7 +67,7 @@ class Play:
         self.learner = learner
         self.log_probs: list[tuple[str, str, Tensor]] = []  # player, site, nats
         self.touched: dict[str, Parameters] = {name: {} for name in programs}
-        self.lacks_data: set[str] = set()  # players some of whose batches hold latents alone
+        self.has_data: dict[str, bool] = {}  # by player, where that is told: in any batch
 
     def sample(
         self, player: str, /, *args: Any, given: Mapping[str, Tensor] | None = None, **kwargs: Any
@@ -328,7 +328,7 @@ class Score:
         parameters: The player's parameters (leaves), by name.
         unnamed: Parameters of the player that its program uses without a statement.
         check_finite: Raises a ``ValueError`` if the utility is not finite, for which the host waits.
-        lacks_data: Whether parts of its program were left out, for want of data.
+        lacks_data: Whether its batches hold latents alone, so that parts of its program don't count.
         are_gradients_finite: Whether they are to be; the utility is NaN where one is not.
     """
 
@@ -452,7 +452,7 @@ class Stage:
         unnamed = self.owners.unnamed(player, utility, play.touched.values(), sites)
         owned = self.owners.owned(player, play.touched[player])
         check_finite = partial(play.check_finite, player, utility)
-        lacks_data = player in play.lacks_data
+        lacks_data = not play.has_data.get(player, True)
         return Score(utility, owned, unnamed, check_finite, lacks_data, self.are_gradients_finite)
 
 

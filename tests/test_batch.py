@@ -154,6 +154,10 @@ def test_latents_alone_may_come_first_where_the_prior_has_no_parameters():
 
     symeq = SymmetricEquilibrium(model, guide, SGD({"lr": 0.1}))
     before = clone([*decoder.parameters(), *encoder.parameters()])
+    with pytest.raises(
+        ValueError, match="utility of the decoder doesn't depend on its parameters"
+    ):
+        symeq.step(Batch(y=torch.eye(4)), Batch(torch.randn(4, 3)))
     loss = symeq.step(y=torch.eye(4))
     assert loss.utilities["decoder"] == pytest.approx(4 * math.log(1 / 4))
     assert identical(decoder.parameters(), before[:2])
