@@ -412,9 +412,13 @@ EXPERIMENTS = [
         features="Inception",
     ),
     _likelihood(
-        "MNIST, likelihood of two linear layers", "linear", {"wake-sleep": 107.7, "NVIL": 99.8}
+        "MNIST, likelihood of two linear layers",
+        "linear",
+        {"wake-sleep": 107.7, "NVIL": 99.8, "ARM": 96.7},
     ),
-    _likelihood("MNIST, likelihood of one nonlinear layer", "nonlinear", {"NVIL": 102.2}),
+    _likelihood(
+        "MNIST, likelihood of one nonlinear layer", "nonlinear", {"NVIL": 102.2, "ARM": 98.4}
+    ),
     _implicit("A simulator as prior", "walk"),
     _implicit("Codes of another generator as prior", "codes"),
 ]
