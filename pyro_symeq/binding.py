@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any, Literal
 
@@ -128,19 +128,23 @@ def _with_field(tree: Any, name: str, value: Any) -> Any:
         try:
             twin = dataclasses.replace(tree, **{name: value})
             if all(getattr(twin, key) is x for key, x in expected.items()):
-                for key in fields.keys() - expected.keys():
-                    held, computed = (
-                        getattr(tree, key),
-                        getattr(dataclasses.replace(tree), key, None),
-                    )
-                    if not _alike(held, computed):
-                        object.__setattr__(twin, key, held)
+                if computed := fields.keys() - expected.keys():
+                    _keep_changed(tree, computed, twin)
                 return twin
         except (TypeError, ValueError):  # it can't be made of its fields, or not of these
             pass
     twin = copy.copy(tree)
     object.__setattr__(twin, name, value)
     return twin
+
+
+def _keep_changed(tree: Any, computed: Iterable[str], twin: Any) -> None:
+    """Hands over what has been put into fields since a dataclass computed them."""
+    same = dataclasses.replace(tree)
+    for name in computed:
+        held = getattr(tree, name)
+        if not _alike(held, getattr(same, name, None)):
+            object.__setattr__(twin, name, held)
 
 
 def _alike(a: Any, b: Any) -> bool:

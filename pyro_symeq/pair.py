@@ -195,7 +195,7 @@ class Pair:
 
     def _fitting(self, act: Callable[[Play, Pattern, Call], T], play: Play, call: Call) -> T:
         """Acts with the pattern that such calls have, and looks again where it does not fit."""
-        key = layout(call), *self._modes()
+        key = layout(call), *(module.training for module in self._modules)
         pattern, misfit, has_looked = self._patterns.get(key), None, False
         while True:
             try:
@@ -212,10 +212,6 @@ class Pair:
                 misfit = error.run
                 if has_looked and pattern is not None:
                     error.refuse_again(pattern)
-
-    def _modes(self) -> Iterator[bool]:
-        """Whether modules that the programs are, or belong to, are in training mode."""
-        return (module.training for module in self._modules)
 
     def _look(self, call: Call, misfit: Run | None, pattern: Pattern | None) -> Pattern:
         """Finds the pattern of a call, or of one more way that a run of its model can take."""
