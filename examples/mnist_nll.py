@@ -42,14 +42,11 @@ with ended_cleanly("mnist_nll.py"):
     from long_runs import LongRun, RunError, add_options, run_path, write_record
     from pyro_symeq import SymmetricEquilibrium, SymmetricLoss, SymmetricUtility
     from pyro_symeq.metrics import LogLikelihood, log_likelihood
+    from results_page import LITERATURE
     from tiles import draw
     from training import cosine
 
 NUM_BITS = 200  # of a layer, and hidden units
-LITERATURE = {  # test NLL (nats), static binarisation (Yin, Zhou, 2019, table 2)
-    "linear": {"wake-sleep": 107.7, "NVIL": 99.8, "ARM": 96.7},
-    "nonlinear": {"NVIL": 102.2, "ARM": 98.4},
-}
 
 
 @dataclass(frozen=True)
