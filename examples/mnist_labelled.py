@@ -1,9 +1,9 @@
 r"""Learns digits with their classes; the encoder that classifies them never sees a labelled image.
 
-This is the experiment with labelled digits of Flach, Schlesinger, Shekhovtsov (2024). The top layer of a ladder
-of binary latents holds style bits :math:`s` and the class :math:`y` of a digit, :math:`z_0 = (s, y)`.
-The classes of the training images teach the decoder alone, and the encoder learns from dreams
-(eq. 16). So accuracy on real images tells how far the dreams are like them.
+This is the experiment with labelled digits of Flach, Schlesinger, Shekhovtsov (2024). The top layer
+of a ladder of binary latents holds style bits :math:`s` and the class :math:`y` of a digit,
+:math:`z_0 = (s, y)`. The classes of the training images teach the decoder alone, and the encoder
+learns from dreams (eq. 16). So accuracy on real images tells how far the dreams are like them.
 
 The pair is asked for
 

@@ -1,7 +1,7 @@
 r"""Images with segmentations, learned as a game of three players: one segments, one paints, one encodes.
 
-This is the experiment with faces of Flach, Schlesinger, Shekhovtsov (2024), section 5. The programs of
-``faces/programs.py`` are conditionals of images :math:`x`, segmentations :math:`s` and bits
+This is the experiment with faces of Flach, Schlesinger, Shekhovtsov (2024), section 5. The programs
+of ``faces/programs.py`` are conditionals of images :math:`x`, segmentations :math:`s` and bits
 :math:`z`. They are learned in phases, the last of which is the game of eq. 17. Then they are asked
 for
 
