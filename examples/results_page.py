@@ -233,7 +233,7 @@ class Column:
         own = record.identity
         for other in self.records:
             theirs = other.identity
-            differing = {k for k in own.keys() | theirs if own.get(k) != theirs.get(k)}
+            differing = {k for k in own.keys() | theirs if _unlike(own.get(k), theirs.get(k))}
             if not differing:
                 raise RecordError(f"{record.name} repeats {other.name}. Remove one.")
             own_to_method = {"learning_rate", *OF_GAMES} if "method" in differing else set()
@@ -245,6 +245,11 @@ class Column:
                 )
         self.records.append(record)
         self.runs.setdefault(own["seed"], {}).update(figures)
+
+
+def _unlike(value: Any, other: Any) -> bool:
+    """Whether two values of a setting differ; one that older records lack counts as off."""
+    return bool(value or other) and value != other
 
 
 def hierarchical(record: Record) -> Figures:
@@ -493,28 +498,29 @@ Found = Sequence[tuple[Experiment, Sequence[Column]]]
 
 
 def _summary(found: Found) -> Iterator[str]:
-    """The verdicts, sorted by what they say."""
-    lists: dict[str, list[str]] = {"What holds": [], "Where we fall short": []}
-    missing = []
+    """How many claims hold, each that doesn't, and what hasn't been run."""
+    holding, short, missing = [], [], []
     for experiment, settings in found:
         if names := [each.name for each in settings if not each.records]:
             missing.append(f"{experiment.title}: {', '.join(names)}")
-        for claim in experiment.claims:
-            for column in settings:
-                verdict = claim.verdict(column.runs.values())
-                if verdict == NOT_RUN:
-                    if column.records:
-                        missing.append(f"{experiment.title}; {column.name}: {claim.text}")
-                    continue
-                kind = "Where we fall short" if verdict != HOLDS else "What holds"
-                values = spread(claim.values(column.runs.values()))
-                lists[kind].append(
-                    f"{claim.text} ({experiment.title}; {column.name}): {verdict}. Asked for: "
-                    f"{claim.asked}. Found: {values}."
-                )
-    for title, items in (lists | {"What has not been run": missing}).items():
-        yield f"## {title}\n"
-        yield "\n".join(f"- {item}" for item in items or ["Nothing."]) + "\n"
+        for column in settings:
+            verdicts = {each: each.verdict(column.runs.values()) for each in experiment.claims}
+            place = [experiment.title, column.name]
+            if column.records:
+                told = [verdict for verdict in verdicts.values() if verdict != NOT_RUN]
+                holding.append([*place, f"{told.count(HOLDS)} of {len(told)}"])
+            for claim, verdict in verdicts.items():
+                if verdict == NOT_RUN and column.records:
+                    missing.append(f"{'; '.join(place)}: {claim.text}")
+                elif verdict not in (HOLDS, NOT_RUN):
+                    values = spread(claim.values(column.runs.values()))
+                    short.append([claim.text, *place, claim.asked, f"{values}, {verdict}"])
+    yield "## What holds\n"
+    yield _table(["experiment", "setting", "claims that hold"], holding)
+    yield "## Where we fall short\n"
+    yield _table(["claim", "experiment", "setting", "asked for", "found"], short)
+    yield "## What has not been run\n"
+    yield "\n".join(f"- {item}" for item in missing or ["Nothing."]) + "\n"
 
 
 def _claims(experiment: Experiment, settings: Sequence[Column]) -> str:
