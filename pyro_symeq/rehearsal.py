@@ -91,7 +91,7 @@ def rehearse(
 @contextmanager
 def aside() -> Iterator[None]:
     """Runs programs on the side: random states and module buffers end as they were."""
-    with randomness.kept(), buffers_kept():
+    with randomness.kept(), buffers_kept(), torch.compiler.set_stance("force_eager"):
         yield
 
 

@@ -818,3 +818,24 @@ def test_rows_that_come_twice():
     with pytest.raises(ValueError, match="argument 'x' twice at site 'x'.*without replacement"):
         symeq.step(X, torch.tensor([2, 2]))
     assert all(torch.equal(value, before[name]) for name, value in pair.state_dict().items())
+
+
+def test_networks_that_are_compiled_stay_so():
+    """They run uncompiled on the side, where compiling would use up what the compiler allows."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    pair = Pair()
+    pair.decoder.compile(backend=backend)
+    pair.encoder.compile(backend=backend)
+    symeq = SymmetricEquilibrium(pair.model, pair.guide, Adam({"lr": 0.1}))
+    with pyro.validation_enabled(False):
+        symeq.step(X)
+        assert len(graphs) == 4  # of two networks, with gradients and without
+        for _ in range(10):
+            symeq.step(X)
+    assert len(graphs) == 4
+    torch.compiler.reset()
