@@ -77,3 +77,18 @@ def batches(call: Call) -> list[Batch]:
             "nothing else. Put all arguments into batches: Batch(x, y=y)."
         )
     return list(args)
+
+
+def sole(call: Call) -> Call:
+    """The arguments in a single batch; plain arguments are those.
+
+    Raises:
+        TypeError: Batches are mixed with plain arguments, or come in a container.
+        ValueError: There are several, or the batch has a weight.
+    """
+    first, *others = batches(call)
+    if others:
+        raise ValueError(f"Expected one Batch at most, got {1 + len(others)}.")
+    if first.weight != 1:
+        raise ValueError(f"Expected a Batch without a weight, which means nothing here: {first}.")
+    return first.call

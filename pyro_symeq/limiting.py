@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_symeq.batch import batches
+from pyro_symeq.batch import sole
 from pyro_symeq.binding import Program
 from pyro_symeq.chain import Chain, Rounds, Start
 from pyro_symeq.checks import check_count
@@ -254,10 +254,7 @@ class LimitingDistribution:
     def _chain(
         self, args: tuple[Any, ...], copies: int, given: Values | None, mask: Mask | None
     ) -> Chain:
-        parts = batches((args, {}))
-        if len(parts) > 1:
-            raise ValueError(f"Expected one Batch at most, got {len(parts)}.")
-        call, given, mask = parts[0].call, by_site("given", given), by_site("mask", mask)
+        call, given, mask = sole((args, {})), by_site("given", given), by_site("mask", mask)
         chain: Chain
         with buffers_kept():
             if isinstance(self.model, Conditionals):

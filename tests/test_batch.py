@@ -10,7 +10,8 @@ import torch
 from pyro.optim import SGD
 from torch import nn
 
-from pyro_symeq import Batch, SymmetricEquilibrium, SymmetricUtility
+from pyro_symeq import Batch, LimitingDistribution, SymmetricEquilibrium, SymmetricUtility
+from pyro_symeq.metrics import consistency, dreamed_information, information, log_likelihood
 from tests.enumerable import Ladder, bits
 from tests.test_equilibrium import clone, identical
 
@@ -169,3 +170,29 @@ def test_latents_alone_may_come_first_where_the_prior_has_no_parameters():
     learns = True
     symeq.step(torch.randn(4, 3))
     assert not identical(decoder.parameters(), before[:2])
+
+
+LOOKS = {
+    "log_likelihood": lambda pair, *args: log_likelihood(*pair, *args).values,
+    "information": lambda pair, *args: information(pair[1], *args)["z0"],
+    "dreamed_information": lambda pair, *args: dreamed_information(*pair, *args).layers["z0"],
+    "consistency": lambda pair, *args: torch.tensor(
+        list(consistency(*pair, *args, num_steps=2)["z0"]["prior, posterior"].values())
+    ),
+    "sample": lambda pair, *args: LimitingDistribution(*pair).sample(1, *args)["z0"],
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_a_look_at_a_batch(look, device):
+    ladder = Ladder().to(device)
+    pair, x = (ladder.model, ladder.guide), X.to(device).repeat(20, 1)
+    found = []
+    for args in (x,), (Batch(x),):
+        pyro.set_rng_seed(0)
+        found.append(look(pair, *args))
+    assert torch.equal(*found)
+    with pytest.raises(ValueError, match="Expected one Batch at most, got 2"):
+        look(pair, Batch(x), Batch(x))
+    with pytest.raises(ValueError, match="Expected a Batch without a weight, which means nothing"):
+        look(pair, Batch(x).weighted(2.0))

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyro_symeq import passes
-from pyro_symeq.batch import Batch
-from pyro_symeq.binding import Call, Program
+from pyro_symeq.batch import Batch, sole
+from pyro_symeq.binding import Program
 from pyro_symeq.informing import independent_parts
 from pyro_symeq.limiting import LimitingDistribution
 from pyro_symeq.metrics.frechet import Features, frechet_distance
@@ -54,8 +54,8 @@ def consistency(
     Args:
         model: The decoder's program.
         guide: The encoder's program.
-        args: What both take: a batch of a few thousand data, say, that observes no latents, with
-            all variables in a vectorised plate.
+        args: What both take, or one :class:`~pyro_symeq.Batch`: a few thousand data, say, and no
+            latents, with all variables in a vectorised plate.
         features: The features in which data are compared, by site; sites without are left out.
             They are given values in the shape of the site, with the rows in a first dimension, and
             in the type that dreams have.
@@ -88,10 +88,10 @@ def consistency(
         >>> result["z"]["prior, posterior"]["accuracy[z]"] > 0.9  # data are far from dreams
         True
     """
-    call: Call = args, kwargs
+    call = sole((args, kwargs))
     features = features or {}
     limiting = LimitingDistribution(model, guide, bind=bind).sample(
-        1, Batch(*args, **kwargs), num_steps=num_steps, progress=progress
+        1, Batch(*call[0], **call[1]), num_steps=num_steps, progress=progress
     )
     with torch.no_grad(), buffers_kept():
         dream, twin = (passes.dream(model, call) for _ in range(2))

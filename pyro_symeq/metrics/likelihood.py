@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_symeq import passes
+from pyro_symeq.batch import sole
 from pyro_symeq.binding import Call, Program
 from pyro_symeq.checks import check_count
 from pyro_symeq.metrics.estimate import Estimate
@@ -112,8 +113,8 @@ def log_likelihood(
     Args:
         model: The decoder's program.
         guide: The encoder's program.
-        args: What both take, with all variables in a vectorised plate whose rows are those of the
-            data.
+        args: What both take, or one :class:`~pyro_symeq.Batch`, with all variables in a vectorised
+            plate whose rows are those of the data.
         num_draws: The number of draws :math:`K` for each row.
         at_once: The number of draws in a run, of all rows together, which bounds the memory, but
             for the looks at the whole batch.
@@ -125,7 +126,7 @@ def log_likelihood(
 
     Raises:
         ValueError: An option is no count, there is no such plate, one leaves out rows, the model
-            has a site without a density, or the batch lacks all data.
+            has a site without a density, the batch lacks all data, or there are several.
 
     References:
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2016).
@@ -146,8 +147,9 @@ def log_likelihood(
     """
     check_count("num_draws", num_draws, at_least=1)
     check_count("at_once", at_once, at_least=1)
+    call = sole((args, kwargs))
     with torch.no_grad(), buffers_kept():
-        draw, num_rows, size = _plan(model, guide, bind, (args, kwargs), num_draws, at_once)
+        draw, num_rows, size = _plan(model, guide, bind, call, num_draws, at_once)
         parts = [
             LogLikelihood.of(_several(draw, index, num_draws))
             for index in torch.arange(num_rows).split(size)

@@ -25,6 +25,7 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
 from pyro_symeq import passes
+from pyro_symeq.batch import sole
 from pyro_symeq.binding import Program
 from pyro_symeq.checks import check_count
 from pyro_symeq.informing import in_latents, independent_parts, several_runs
@@ -73,7 +74,7 @@ def information(
     Args:
         guide: The encoder's program, with all its latents in a vectorised plate whose rows are
             those of the data.
-        args: Its arguments, a batch of a few hundred rows, say.
+        args: Its arguments, or one :class:`~pyro_symeq.Batch`, of a few hundred rows, say.
         num_draws: The number of draws :math:`K`.
         kwargs: Its keyword arguments.
 
@@ -95,8 +96,9 @@ def information(
         torch.Size([2])
     """
     check_count("num_draws", num_draws, at_least=1)
+    call = sole((args, kwargs))
     with torch.no_grad(), buffers_kept():
-        runs = several_runs(guide, (args, kwargs), num_draws)
+        runs = several_runs(guide, call, num_draws)
     if shared_rows(runs) is None:
         raise ValueError(
             "Expected all latents of the guide in one vectorised plate, whose rows are those of "
@@ -141,8 +143,8 @@ def dreamed_information(
     Args:
         model: The decoder's program.
         guide: The encoder's program.
-        args: What both take: a batch of as many rows as there are to be dreams, a few hundred,
-            say. All variables are in a vectorised plate.
+        args: What both take, or one :class:`~pyro_symeq.Batch`, of as many rows as there are to be
+            dreams, a few hundred, say. All variables are in a vectorised plate.
         num_draws: The number of draws :math:`K`.
         bind: How dreams are handed to the guide, see :class:`~pyro_symeq.SymmetricUtility`.
         kwargs: More of what both programs take.
@@ -174,7 +176,7 @@ def dreamed_information(
         tensor(1.)
     """
     check_count("num_draws", num_draws, at_least=1)
-    call = args, kwargs
+    call = sole((args, kwargs))
     pattern, _ = rehearse(model, guide, call, bind)
     with buffers_kept():
         dream = passes.dream(model, call, followed=pattern.is_followed)
