@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_symeq import passes
+from pyro_symeq import passes, randomness
 from pyro_symeq.binding import Call, Program, layout, module_of
 from pyro_symeq.code import deal, hold, is_dealt
 from pyro_symeq.draws import Draws
@@ -194,9 +194,13 @@ class Pair:
         return torch.stack(scores).sum() / self.draws.num_particles
 
     def _fitting(self, act: Callable[[Play, Pattern, Call], T], play: Play, call: Call) -> T:
-        """Acts with the pattern that such calls have, and looks again where it does not fit."""
+        """Acts with the pattern that such calls have, and looks again where it does not fit.
+
+        It acts on the same draws then, so that they don't depend on what has been seen before.
+        """
         key = layout(call), *(module.training for module in self._modules)
         pattern, misfit, has_looked = self._patterns.get(key), None, False
+        take_back = randomness.mark()
         while True:
             try:
                 if pattern is None or misfit is not None:
@@ -209,6 +213,7 @@ class Pair:
                 self._patterns[key] = pattern
                 return result
             except _Misfit as error:
+                take_back()
                 misfit = error.run
                 if has_looked and pattern is not None:
                     error.refuse_again(pattern)

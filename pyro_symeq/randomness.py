@@ -2,8 +2,9 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -52,6 +53,26 @@ def set_state(state: State) -> None:
     np.random.set_state((kind, keys.cpu().numpy().astype("uint32"), *rest))
     version, internal, gauss = state["random"]
     random.setstate((version, tuple(internal), gauss))
+
+
+def mark() -> Callable[[], None]:
+    """Marks where the generators of torch stand, that of the current device among them.
+
+    It is cheap enough for each run of a program. A CUDA graph that is being captured keeps its own.
+
+    Returns:
+        What takes them back there.
+    """
+    state, module = torch.get_rng_state(), _accelerator()
+    if not _in_use() or (module is torch.cuda and torch.cuda.is_current_stream_capturing()):
+        return partial(torch.set_rng_state, state)
+    on_device = module.get_rng_state()
+
+    def take_back() -> None:
+        torch.set_rng_state(state)
+        module.set_rng_state(on_device)
+
+    return take_back
 
 
 def seed(*numbers: int) -> None:

@@ -86,6 +86,50 @@ def test_training_goes_on_from_a_file_bit_for_bit(path):
     assert same(again.run(4).values(), expected)
 
 
+class Sequences:
+    """Chains of bits, as long as the data."""
+
+    def __init__(self, device):
+        pyro.clear_param_store()
+        self.decoder, self.encoder = (nn.Linear(2, 1, device=device) for _ in range(2))
+        self.symeq = SymmetricEquilibrium(self.model, self.guide, Adam({"lr": 0.1}))
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        z = x.new_zeros(len(x))
+        with pyro.plate("rows", len(x)):
+            for t in range(x.shape[1]):
+                logits = self.decoder(torch.stack([z, x.new_ones(len(x))], -1))[:, 0]
+                z = pyro.sample(f"z{t}", dist.Bernoulli(logits=logits))
+                pyro.sample(f"x{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        z = x.new_zeros(len(x))
+        with pyro.plate("rows", len(x)):
+            for t in range(x.shape[1]):
+                logits = self.encoder(torch.stack([z, x[:, t]], -1))[:, 0]
+                z = pyro.sample(f"z{t}", dist.Bernoulli(logits=logits))
+
+    def run(self, lengths):
+        for length in lengths:
+            self.symeq.step(torch.ones(5, length, device=self.decoder.weight.device))
+        return [
+            p.detach().clone() for p in (*self.decoder.parameters(), *self.encoder.parameters())
+        ]
+
+
+def test_batches_that_are_new_to_a_process_leave_its_draws_as_they_were(path, device):
+    """In the process that goes on, they show sites that it hasn't seen before."""
+    pair = Sequences(device)
+    pair.run([2, 4, 3])
+    pair.symeq.save(path)
+    expected = pair.run([3, 4, 2])
+    again = Sequences(device)
+    again.symeq.load(path)
+    assert same(again.run([3, 4, 2]), expected)
+
+
 @pytest.mark.parametrize("num_devices", [None, 0, 1, 2, 3])
 def test_a_state_is_loaded_where_there_are_other_devices(monkeypatch, num_devices):
     pair = Pair().run(1)
