@@ -33,6 +33,7 @@ from pyro_symeq.parallel import Group
 from pyro_symeq.play import Play
 from pyro_symeq.rehearsal import Bind
 from pyro_symeq.strategy import State
+from pyro_symeq.uncompiled import uncompiled
 from pyro_symeq.utility import SymmetricUtility
 from pyro_symeq.warmup import CodeWarmup, may_have_collapsed, warn_if_collapsed
 
@@ -175,6 +176,7 @@ class SymmetricEquilibrium(Game):
             f"code_warmup={self.code_warmup}, watch={self.watch}, num_steps={self.num_steps})"
         )
 
+    @uncompiled
     def step(self, *args: Any, **kwargs: Any) -> SymmetricLoss:
         r"""Moves both players, as the schedule says.
 
@@ -198,6 +200,7 @@ class SymmetricEquilibrium(Game):
         self._look((args, kwargs), loss)
         return loss
 
+    @uncompiled
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> SymmetricLoss:
         r"""Estimates the loss :math:`-(L_p + L_q)` (nats, summed over the batch); nothing moves.
 

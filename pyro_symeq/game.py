@@ -40,6 +40,7 @@ from pyro_symeq.play import Ascent, Score, Stage, Utility, ascent, is_awaited
 from pyro_symeq.recording import CannotRecord
 from pyro_symeq.rehearsal import Keep, aside, buffers_kept
 from pyro_symeq.strategy import State, Strategy
+from pyro_symeq.uncompiled import uncompiled
 
 __all__ = ["Game", "Player"]
 
@@ -288,6 +289,7 @@ class Game:
         """The names of the players that rest."""
         return frozenset(self._frozen)
 
+    @uncompiled
     @torch.enable_grad()
     def step(self, *args: Any, **kwargs: Any) -> GameLoss:
         r"""Lets the players move, as the schedule says.
@@ -348,6 +350,7 @@ class Game:
                     stack.enter_context(self._strategies[name].undone(only_on_error=True))
             return self._loss(self._moved(call, rounds, keep) | self._told(call, watched))
 
+    @uncompiled
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> GameLoss:
         r"""Estimates the loss :math:`-\sum_i u_i` (nats); nothing moves, buffers neither.
 
@@ -363,6 +366,7 @@ class Game:
             self._set_loaded(call, needed=self._learners)
             return self._loss(self._utilities(call, self._learners))
 
+    @uncompiled
     def evaluate(self, player: str, *args: Any, **kwargs: Any) -> float:
         """Estimates the utility of one player (nats); nothing moves, buffers neither.
 
@@ -375,6 +379,7 @@ class Game:
             self._set_loaded(call, needed={player})
             return self._utilities(call, {player})[player].item()
 
+    @uncompiled
     @torch.enable_grad()
     def respond(self, player: str, *args: Any, **kwargs: Any) -> None:
         """Moves one player once, whatever the schedule says.

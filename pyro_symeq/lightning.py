@@ -30,6 +30,7 @@ from pyro_symeq.ownership import NOTHING_TO_LEARN, Parameters
 from pyro_symeq.play import Ascent, Score, Stage, ascent
 from pyro_symeq.rehearsal import aside, buffers_kept
 from pyro_symeq.turns import TurnsOptimizer
+from pyro_symeq.uncompiled import uncompiled
 from pyro_symeq.utility import SymmetricUtility, attach
 from pyro_symeq.warmup import CodeWarmup, may_have_collapsed, warn_if_collapsed
 
@@ -197,6 +198,7 @@ class SymmetricModule(LightningModule):
             randomness.set_state(self._random)
         self._random = None
 
+    @uncompiled
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Tells the gradients of those whose turn it is, or keeps the batch until they move."""
         if not self._turn:
@@ -310,6 +312,7 @@ class SymmetricModule(LightningModule):
         with torch.no_grad():
             return {name: self._score(name, call).utility for name in PLAYERS if name in names}
 
+    @uncompiled
     def _evaluate(self, stage: str, batch: Any, *numbers: int) -> None:
         with self._seeded(self.num_steps, *numbers), buffers_kept():
             self._log(stage, self._drawn(self.arguments(batch), PLAYERS))

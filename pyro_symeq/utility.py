@@ -33,6 +33,7 @@ from pyro_symeq.ownership import NOTHING_TO_LEARN
 from pyro_symeq.pair import Pair
 from pyro_symeq.play import Stage
 from pyro_symeq.rehearsal import Bind
+from pyro_symeq.uncompiled import uncompiled
 
 __all__ = ["SymmetricUtility"]
 
@@ -185,12 +186,14 @@ class SymmetricUtility(ELBO):
             self._known[key] = pair, stage
         return self._known[key]
 
+    @uncompiled
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> SymmetricLoss:
         r"""Estimates :math:`-(L_p + L_q)` (nats) without a gradient."""
         with torch.no_grad():
             decoder, encoder = self._utilities(model, guide, (args, kwargs))
         return SymmetricLoss(decoder.item(), encoder.item())
 
+    @uncompiled
     @torch.enable_grad()
     def loss_and_grads(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
@@ -201,6 +204,7 @@ class SymmetricUtility(ELBO):
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
         return SymmetricLoss(*(utility.item() for utility in utilities))
 
+    @uncompiled
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:

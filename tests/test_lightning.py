@@ -154,6 +154,16 @@ def test_a_trainer_takes_the_steps_of_a_game(options, tmp_path):
         assert found["train/loss"] == pytest.approx(loss)
 
 
+def test_a_compiled_module_takes_the_same_steps(tmp_path):
+    vae, twin = twins()
+    module = torch.compile(module_of(vae), backend="eager")
+    seed = seeded()
+    trainer(tmp_path).fit(module, loader(), loader())
+    torch.compiler.reset()
+    reference(twin, seed, [(x,) for x in data().split(4)])
+    assert_equal(vae, twin)
+
+
 def test_a_code_is_learned_where_latents_say_nothing(tmp_path):
     vae, twin = twins(num_latents=8)
     with torch.no_grad():
