@@ -20,12 +20,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_symeq import passes
+from pyro_symeq.aside import aside
 from pyro_symeq.binding import Program
 from pyro_symeq.checks import check_count
 from pyro_symeq.clamps import Values, clamps
 from pyro_symeq.conditionals import State
 from pyro_symeq.passes import Observation, Observations
-from pyro_symeq.rehearsal import aside
 from pyro_symeq.rows import Rows, Variable, alike
 from pyro_symeq.tracing import Record, Site, tensors
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from pyro_symeq import passes
+from pyro_symeq.aside import aside
 from pyro_symeq.binding import Program
 from pyro_symeq.chain import Around, Chain, Start, refuse_parts, unhandled
 from pyro_symeq.clamps import Values, overlay
 from pyro_symeq.conditionals import Conditionals, State
-from pyro_symeq.rehearsal import aside
 from pyro_symeq.rows import shared_rows, variable
 from pyro_symeq.tracing import Record
 

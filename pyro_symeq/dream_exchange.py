@@ -21,6 +21,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_symeq import randomness
+from pyro_symeq.aside import aside
 from pyro_symeq.batch import Batch, batches
 from pyro_symeq.binding import Call, Program, close, open_parameters
 from pyro_symeq.checks import check_count
@@ -29,7 +30,6 @@ from pyro_symeq.game import Captures, Game, Nonfinite, Player, Updates
 from pyro_symeq.loss import GameLoss
 from pyro_symeq.mailbox import Greeting, Mailbox
 from pyro_symeq.parcel import Form, pack, unpack
-from pyro_symeq.rehearsal import aside
 from pyro_symeq.weights import full_weights
 
 __all__ = ["DreamExchange"]

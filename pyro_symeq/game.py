@@ -26,6 +26,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from pyro_symeq import checkpoint, randomness
+from pyro_symeq.aside import Keep, aside, buffers_kept
 from pyro_symeq.batch import batches
 from pyro_symeq.binding import Call, Program, layout
 from pyro_symeq.callers import stacklevel
@@ -38,7 +39,6 @@ from pyro_symeq.ownership import NOTHING_TO_LEARN, Parameters
 from pyro_symeq.parallel import Alone, Group, Ranks
 from pyro_symeq.play import Ascent, Score, Stage, Utility, ascent, is_awaited
 from pyro_symeq.recording import CannotRecord
-from pyro_symeq.rehearsal import Keep, aside, buffers_kept
 from pyro_symeq.strategy import State, Strategy
 from pyro_symeq.uncompiled import uncompiled
 

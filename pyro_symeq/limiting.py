@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_symeq.aside import buffers_kept
 from pyro_symeq.batch import sole
 from pyro_symeq.binding import Program
 from pyro_symeq.chain import Chain, Rounds, Start
@@ -23,7 +24,7 @@ from pyro_symeq.conditionals import Conditionals, State
 from pyro_symeq.diagnostics import Diagnostics
 from pyro_symeq.marginals import Completion, RunningMarginal
 from pyro_symeq.pair_chain import PairChain
-from pyro_symeq.rehearsal import Bind, buffers_kept
+from pyro_symeq.rehearsal import Bind
 
 __all__ = ["LimitingDistribution"]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_symeq import passes, randomness
+from pyro_symeq.aside import aside, buffers_kept
 from pyro_symeq.binding import Call, Program, layout, module_of
 from pyro_symeq.code import deal, hold, is_dealt
 from pyro_symeq.draws import Draws
@@ -16,7 +17,7 @@ from pyro_symeq.passes import Observation, Observations, Run
 from pyro_symeq.pattern import Pattern
 from pyro_symeq.play import Masks, Play, Scored
 from pyro_symeq.proposals import Proposals, choose
-from pyro_symeq.rehearsal import Bind, aside, buffers_kept, rehearse
+from pyro_symeq.rehearsal import Bind, rehearse
 from pyro_symeq.rows import shared_rows
 from pyro_symeq.tracing import UNOBSERVED, Record
 from pyro_symeq.tracing import run as traced

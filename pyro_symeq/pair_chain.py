@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from pyro_symeq import passes
+from pyro_symeq.aside import aside
 from pyro_symeq.binding import Call, Program
 from pyro_symeq.chain import Around, Chain, Start, refuse_parts, unhandled
 from pyro_symeq.clamps import overlay
 from pyro_symeq.conditionals import State
 from pyro_symeq.passes import Observation, Observations, Run
-from pyro_symeq.rehearsal import Bind, aside, rehearse
+from pyro_symeq.rehearsal import Bind, rehearse
 from pyro_symeq.rows import changed_call, shaped, shared_rows, variable
 from pyro_symeq.tracing import Record
 

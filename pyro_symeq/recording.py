@@ -25,9 +25,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from pyro_symeq import randomness
+from pyro_symeq.aside import aside
 from pyro_symeq.binding import is_dense
 from pyro_symeq.provenance import may_change, name_of
-from pyro_symeq.rehearsal import aside
 
 aten = torch.ops.aten
 VIEWS = frozenset({aten.alias.default, aten.expand.default, aten.view.default})

@@ -18,13 +18,10 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 from torch.overrides import TorchFunctionMode
 
 from pyro_symeq import passes, randomness
+from pyro_symeq.aside import aside
 from pyro_symeq.binding import (
     Call,
     Kind,
@@ -50,7 +47,6 @@ from pyro_symeq.provenance import follow, name_of, take
 from pyro_symeq.tracing import UNOBSERVED, Record, Site, tensors
 
 NUM_OTHERS = 8  # draws: of a fair bit in one row, all are alike once in 256
-Keep = Callable[[Iterable[Tensor]], None]
 Law = tuple[Any, Any]  # a distribution and its mask
 Bind = Mapping[str, str] | Callable[[Trace, tuple[Any, ...], dict[str, Any]], Call]
 
@@ -86,63 +82,6 @@ def rehearse(
     with aside(), torch.no_grad():
         rehearsal = _Rehearsal(model, guide, call, bind, like)
         return rehearsal.pattern(), rehearsal.dream
-
-
-@contextmanager
-def aside() -> Iterator[None]:
-    """Runs programs on the side: random states and module buffers end as they were."""
-    with randomness.kept(), buffers_kept(), torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@contextmanager
-def buffers_kept(only_on_error: bool = False) -> Iterator[Keep]:
-    """Lets module buffers, such as running averages, end as they were.
-
-    A module may change a buffer in place or, in its ``forward``, put another tensor there.
-
-    Args:
-        only_on_error: Whether to do so only if an error, or an interrupt, comes.
-
-    Yields:
-        What keeps the buffers of modules that are used without being called.
-    """
-    buffers: dict[Tensor, Tensor] = {}
-    places: dict[tuple[torch.nn.Module, str], Tensor | None] = {}
-    replaced: set[tuple[torch.nn.Module, str]] = set()
-    is_over = False
-
-    def keep(others: Iterable[Tensor]) -> None:
-        for buffer in others:
-            if buffer not in buffers:
-                buffers[buffer] = buffer.detach().clone()
-
-    def keep_those_of(module: torch.nn.Module, _: Any) -> None:
-        for name, buffer in module._buffers.items():
-            if (module, name) not in replaced:
-                places[module, name] = buffer
-                keep([] if buffer is None else [buffer])
-
-    def note_replaced(module: torch.nn.Module, _: Any, __: Any) -> None:
-        for name, buffer in module._buffers.items():
-            if buffer is not places.get((module, name), buffer):
-                replaced.add((module, name))
-
-    hooks = [
-        register_module_forward_pre_hook(keep_those_of),
-        register_module_forward_hook(note_replaced, always_call=True),
-    ]
-    try:
-        yield keep
-        is_over = True
-    finally:
-        for hook in hooks:
-            hook.remove()
-        if not (is_over and only_on_error):
-            for module, name in replaced:
-                module._buffers[name] = places[module, name]
-            for buffer, before in buffers.items():
-                buffer.detach().copy_(before)
 
 
 class _Rehearsal:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from pyro_symeq import passes
+from pyro_symeq.aside import aside
 from pyro_symeq.binding import Call, Program
 from pyro_symeq.passes import Run
-from pyro_symeq.rehearsal import aside
 from pyro_symeq.rows import Rows, alike, changed_call, variable
 from pyro_symeq.tracing import Record
 

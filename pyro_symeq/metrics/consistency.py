@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyro_symeq import passes
+from pyro_symeq.aside import buffers_kept
 from pyro_symeq.batch import Batch, sole
 from pyro_symeq.binding import Program
 from pyro_symeq.informing import independent_parts
 from pyro_symeq.limiting import LimitingDistribution
 from pyro_symeq.metrics.frechet import Features, frechet_distance
 from pyro_symeq.metrics.two_samples import two_sample_accuracy
-from pyro_symeq.rehearsal import Bind, buffers_kept
+from pyro_symeq.rehearsal import Bind
 from pyro_symeq.rows import Rows, required_rows, shaped, variable
 from pyro_symeq.tracing import Site
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_symeq.aside import buffers_kept
 from pyro_symeq.binding import module_of
-from pyro_symeq.rehearsal import buffers_kept
 
 __all__ = ["Features", "FrechetDistance", "frechet_distance", "inception"]
 

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from pyro_symeq import passes
+from pyro_symeq.aside import aside, buffers_kept
 from pyro_symeq.batch import sole
 from pyro_symeq.binding import Call, Program
 from pyro_symeq.checks import check_count
 from pyro_symeq.metrics.estimate import Estimate
 from pyro_symeq.passes import Run
 from pyro_symeq.proposals import Proposals
-from pyro_symeq.rehearsal import Bind, aside, buffers_kept
+from pyro_symeq.rehearsal import Bind
 from pyro_symeq.rows import NO_ROWS, Rows, alike, required_rows
 from pyro_symeq.selection import selection
 from pyro_symeq.utility import SymmetricUtility

@@ -25,11 +25,12 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
 from pyro_symeq import passes
+from pyro_symeq.aside import buffers_kept
 from pyro_symeq.batch import sole
 from pyro_symeq.binding import Program
 from pyro_symeq.checks import check_count
 from pyro_symeq.informing import in_latents, independent_parts, several_runs
-from pyro_symeq.rehearsal import Bind, buffers_kept, rehearse
+from pyro_symeq.rehearsal import Bind, rehearse
 from pyro_symeq.rows import Rows, required_rows, shared_rows
 from pyro_symeq.tracing import Record
 
