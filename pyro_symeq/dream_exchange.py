@@ -24,6 +24,7 @@ from pyro_symeq import randomness
 from pyro_symeq.aside import aside
 from pyro_symeq.batch import Batch, batches
 from pyro_symeq.binding import Call, Program, close, open_parameters
+from pyro_symeq.callers import stacklevel
 from pyro_symeq.checks import check_count
 from pyro_symeq.data_exchange import Data, check_shares, members, needed, shaped, with_rows
 from pyro_symeq.game import Captures, Game, Nonfinite, Player, Updates
@@ -315,7 +316,7 @@ class DreamExchange(Game):
             warnings.warn(
                 f"In step {step}, '{self.name}' has dreams of {back} again, who were missing since "
                 f"steps {since}.",
-                stacklevel=3,
+                stacklevel=stacklevel(),
             )
         if not (gone := [other for other in self._awaited() if other not in there]):
             return
@@ -328,7 +329,7 @@ class DreamExchange(Game):
                 "call step again; or go on without, on_missing='continue'."
             )
         self.missing |= dict.fromkeys(gone, step)
-        warnings.warn(f"{happened} It goes on without.", stacklevel=3)
+        warnings.warn(f"{happened} It goes on without.", stacklevel=stacklevel())
 
     def _weighted(self, own: list[Batch], dreams: Mapping[str, Data]) -> Iterator[Batch]:
         """The player's own batches and others' dreams, which count as the rows of those."""

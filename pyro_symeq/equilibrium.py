@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pyro_symeq.batch import Batch, batches
 from pyro_symeq.binding import Call, Program
+from pyro_symeq.callers import stacklevel
 from pyro_symeq.checks import check_count
 from pyro_symeq.game import Captures, Game, Nonfinite, Own, Player
 from pyro_symeq.loss import SymmetricLoss
@@ -328,7 +329,7 @@ def _utility(loss: Any, bind: Bind | None, supervise_encoder: bool) -> Symmetric
             warnings.warn(
                 f"SymmetricEquilibrium ignores loss={name}: the game has its own utilities. "
                 "Leave loss= out, or pass a SymmetricUtility.",
-                stacklevel=3,
+                stacklevel=stacklevel(),
             )
         return SymmetricUtility(bind=bind, supervise_encoder=supervise_encoder)
     if bind is not None or not supervise_encoder:

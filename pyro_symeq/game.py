@@ -747,7 +747,7 @@ def _check_learnable(name: str, score: Score, unused: list[str]) -> None:
     )
     if unused or not score.parameters:
         raise ValueError(f"There is nothing to learn for the {name}. {problem}")
-    warnings.warn(f"{problem} They are not trained.", stacklevel=4)
+    warnings.warn(f"{problem} They are not trained.", stacklevel=stacklevel())
 
 
 def by_player(

@@ -40,6 +40,7 @@ from pyro_symeq.binding import (
     put,
     strided,
 )
+from pyro_symeq.callers import stacklevel
 from pyro_symeq.informing import independent_parts
 from pyro_symeq.passes import Observation, Run
 from pyro_symeq.pattern import Pattern, Place
@@ -498,7 +499,7 @@ class _Rehearsal:
                     f"The law of the guide's site '{name}' has parameters of its own and depends "
                     "neither on the data nor on other latents. On dreams it can only learn the "
                     f"prior of '{name}'. Compute it from the guide's arguments.",
-                    stacklevel=2,
+                    stacklevel=stacklevel(),
                 )
 
     def cannot_tell(self, name: str, paths: list[Path]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pyro_symeq.callers import stacklevel
 from pyro_symeq.checks import check_count
 
 BEGIN_AFTER, BEGIN_BELOW = 50, 0.03  # steps, and bits in a latent on average
@@ -87,5 +88,5 @@ def _warn_of_collapse(steps: int, information: Mapping[str, Tensor]) -> None:
         "here. Leave code_warmup= on; give networks centred codes (2 * z - 1 for bits), smooth "
         "activations (SiLU, tanh) and initial weights of unit gain. See 'When training collapses' "
         "in the documentation.",
-        stacklevel=5,
+        stacklevel=stacklevel(),
     )

@@ -77,8 +77,9 @@ def test_what_the_model_touches_is_the_decoders_even_if_only_the_guide_names_it(
 
     symeq = SymmetricEquilibrium(model, guide, SGD({"lr": 0.1}))
     before = clone(decoder.parameters())
-    with pytest.warns(UserWarning, match="no statement names"):
+    with pytest.warns(UserWarning, match="no statement names") as seen:
         symeq.step(X[:, :2])
+    assert seen[0].filename == __file__
     assert identical(decoder.parameters(), before)
 
 
@@ -425,8 +426,9 @@ def test_buffers_that_only_a_call_has_stay_out_of_the_module():
 
 def test_leftover_elbo_is_called_out():
     ladder = Ladder()
-    with pytest.warns(UserWarning, match="the game has its own utilities"):
+    with pytest.warns(UserWarning, match="the game has its own utilities") as seen:
         symeq = SymmetricEquilibrium(ladder.model, ladder.guide, FROZEN, loss=Trace_ELBO())
+    assert seen[0].filename == __file__
     assert symeq.step(X) == pytest.approx(-(symeq.step(X).decoder + symeq.step(X).encoder), rel=1)
 
 

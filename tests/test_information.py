@@ -266,8 +266,10 @@ def test_it_warns_of_a_late_collapse():
         steps(symeq, data(), 500)
         nn.init.zeros_(pair.features.weight)
         steps(symeq, data(), 1499)
-    with pytest.warns(UserWarning, match="After 2000 steps the latents say hardly anything"):
+    late = "After 2000 steps the latents say hardly anything"
+    with pytest.warns(UserWarning, match=late) as seen:
         steps(symeq, data(), 1)
+    assert seen[0].filename == steps.__code__.co_filename  # where step is called
 
 
 @pytest.mark.parametrize("options", [{"gain": 3.0}, {"gain": 0.0, "num_latents": 3}])

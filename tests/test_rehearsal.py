@@ -725,8 +725,9 @@ def test_a_site_with_a_law_of_its_own_is_warned_of():
 
     pair = Global(own)
     symeq = SymmetricEquilibrium(pair.model, pair.guide, Adam({"lr": 0.1}))
-    with pytest.warns(UserWarning, match="'shared' has parameters of its own"):
+    with pytest.warns(UserWarning, match="'shared' has parameters of its own") as seen:
         symeq.step(X)
+    assert seen[0].filename == __file__
 
 
 LAWS = {
