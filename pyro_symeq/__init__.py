@@ -9,12 +9,13 @@ from pyro_symeq.diagnostics import Diagnostics
 from pyro_symeq.distributions import Implicit
 from pyro_symeq.dream_exchange import DreamExchange
 from pyro_symeq.equilibrium import SymmetricEquilibrium
-from pyro_symeq.game import Game, Player
+from pyro_symeq.game import Game
 from pyro_symeq.limiting import LimitingDistribution
 from pyro_symeq.loader import TensorLoader
 from pyro_symeq.loss import GameLoss, SymmetricLoss
 from pyro_symeq.marginals import Completion, Marginal
 from pyro_symeq.play import Play
+from pyro_symeq.player import Player
 from pyro_symeq.utility import SymmetricUtility
 
 __version__ = "0.1.0"

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from pyro_symeq.checks import check_count
 from pyro_symeq.conditionals import Conditionals, State, block_name
-from pyro_symeq.game import Captures, Game, Nonfinite, Player, Updates, by_player
+from pyro_symeq.game import Captures, Game, Nonfinite, Updates
 from pyro_symeq.parallel import Group
 from pyro_symeq.play import Play, refuse_reserved
+from pyro_symeq.player import Player, by_player
 from pyro_symeq.weights import Weights, full_weights
 
 __all__ = ["conditional_game"]

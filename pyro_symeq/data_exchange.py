@@ -25,10 +25,11 @@ from pyro_symeq import passes
 from pyro_symeq.aside import aside
 from pyro_symeq.binding import Program, equal, open_parameters
 from pyro_symeq.draws import Draws
-from pyro_symeq.game import Captures, Game, Nonfinite, Player, Updates, by_player
+from pyro_symeq.game import Captures, Game, Nonfinite, Updates
 from pyro_symeq.pair import Pair
 from pyro_symeq.parallel import Group
 from pyro_symeq.play import Play, Utility, refuse_reserved
+from pyro_symeq.player import Player, by_player
 from pyro_symeq.weights import Weights, full_weights
 
 __all__ = ["data_exchange_game"]

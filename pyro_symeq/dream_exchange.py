@@ -27,10 +27,11 @@ from pyro_symeq.binding import Call, Program, close, open_parameters
 from pyro_symeq.callers import stacklevel
 from pyro_symeq.checks import check_count
 from pyro_symeq.data_exchange import Data, check_shares, members, needed, shaped, with_rows
-from pyro_symeq.game import Captures, Game, Nonfinite, Player, Updates
+from pyro_symeq.game import Captures, Game, Nonfinite, Updates
 from pyro_symeq.loss import GameLoss
 from pyro_symeq.mailbox import Greeting, Mailbox
 from pyro_symeq.parcel import Form, pack, unpack
+from pyro_symeq.player import Player
 from pyro_symeq.weights import full_weights
 
 __all__ = ["DreamExchange"]

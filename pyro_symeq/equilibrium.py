@@ -27,11 +27,12 @@ from pyro_symeq.batch import Batch, batches
 from pyro_symeq.binding import Call, Program
 from pyro_symeq.callers import stacklevel
 from pyro_symeq.checks import check_count
-from pyro_symeq.game import Captures, Game, Nonfinite, Own, Player
+from pyro_symeq.game import Captures, Game, Nonfinite
 from pyro_symeq.loss import SymmetricLoss
 from pyro_symeq.pair import Pair
 from pyro_symeq.parallel import Group
 from pyro_symeq.play import Play
+from pyro_symeq.player import Own, Player
 from pyro_symeq.rehearsal import Bind
 from pyro_symeq.strategy import State
 from pyro_symeq.uncompiled import uncompiled

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import copy
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,29 +21,28 @@ from typing import Any, Literal
 import pyro
 import torch
 from pyro.infer.util import is_validation_enabled
-from pyro.optim import PyroOptim
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_symeq import checkpoint, randomness
 from pyro_symeq.aside import Keep, aside, buffers_kept
 from pyro_symeq.batch import batches
-from pyro_symeq.binding import Call, Program, layout
+from pyro_symeq.binding import Call, layout
 from pyro_symeq.callers import stacklevel
 from pyro_symeq.capture import Capture, Occasion
 from pyro_symeq.graphs import Rounds, StepGraphs
 from pyro_symeq.interrupts import Shield
 from pyro_symeq.loss import GameLoss, loss_of
 from pyro_symeq.nonfinite import NotFiniteError, is_of_nonfinite
-from pyro_symeq.ownership import NOTHING_TO_LEARN, Parameters
+from pyro_symeq.ownership import NOTHING_TO_LEARN
 from pyro_symeq.parallel import Alone, Group, Ranks
-from pyro_symeq.play import Ascent, Score, Stage, Utility, ascent, is_awaited
+from pyro_symeq.play import Ascent, Score, Stage, ascent, is_awaited
+from pyro_symeq.player import Player, by_name, claims_of
 from pyro_symeq.recording import CannotRecord
 from pyro_symeq.strategy import State, Strategy
 from pyro_symeq.uncompiled import uncompiled
 
-__all__ = ["Game", "Player"]
+__all__ = ["Game"]
 
-Own = nn.Module | Iterable[tuple[str, Tensor]]
 Captures = bool | Literal["compile"]
 Nonfinite = Literal["raise", "skip"]
 Updates = Literal["alternating", "simultaneous"] | Sequence[str | Sequence[str]]
@@ -62,95 +60,6 @@ NOT_CONTIGUOUS = (
     "pyro.module."
 )
 KEYS = {"players", "frozen", "num_steps", "random"}
-
-
-@dataclass(frozen=True)
-class Player:
-    r"""A program with its parameters, and what it maximises.
-
-    Args:
-        name: The name, by which utilities and schedules call it.
-        program: An ordinary Pyro program.
-        optim: The optimiser that moves its parameters; players may share one.
-        utility: A function ``utility(play, *args, **kwargs)`` of a :class:`Play` and of what
-            :meth:`Game.step` is given. It returns a scalar tensor (nats). A player without utility
-            and optimiser never moves, and others may draw from it: a fixed prior, say.
-        parameters: A module whose parameters are the player's own whoever touches them, or named
-            parameters (``net.named_parameters()``). Besides, a player owns what its program
-            touches, nobody claims, and no player before it does.
-
-    Raises:
-        TypeError: An argument is of the wrong kind.
-        ValueError: There is an optimiser and no utility, or the reverse.
-
-    Example:
-        >>> def coin():
-        ...     p = pyro.param("p", torch.tensor(0.5), constraint=dist.constraints.unit_interval)
-        ...     with pyro.plate("throws", 8):
-        ...         pyro.sample("heads", dist.Bernoulli(p))
-        >>> def likelihood(play, heads):
-        ...     return play.log_prob("coin", given={"heads": heads})
-        >>> Player("coin", coin, pyro.optim.Adam({"lr": 0.1}), likelihood)
-        Player('coin')
-    """
-
-    name: str
-    program: Program
-    optim: PyroOptim | None = None
-    utility: Utility | None = None
-    parameters: Own | None = None
-
-    def __post_init__(self) -> None:
-        if not callable(self.program):
-            raise TypeError(
-                f"Expected the program of player '{self.name}' to be a Pyro program, got "
-                f"{type(self.program).__name__}."
-            )
-        if not (self.optim is None or isinstance(self.optim, PyroOptim)):
-            raise TypeError(
-                f"Expected the optimiser of player '{self.name}' to be a pyro.optim.PyroOptim, "
-                f"got {type(self.optim).__name__}."
-            )
-        if not isinstance(self.parameters, (nn.Module, type(None))):
-            object.__setattr__(self, "parameters", list(self.parameters))
-        if not (self.utility is None or callable(self.utility)):
-            raise TypeError(
-                f"Expected the utility of player '{self.name}' to be a function of play and the "
-                f"batch, got {type(self.utility).__name__}."
-            )
-        if (self.optim is None) != (self.utility is None):
-            lacking = "optimiser" if self.optim is None else "utility"
-            raise ValueError(
-                f"Expected player '{self.name}' to have both an optimiser and a utility, or "
-                f"neither if it is never to move; it has no {lacking}."
-            )
-
-    def __repr__(self) -> str:
-        return f"Player({self.name!r})"
-
-    def claims(self) -> Parameters | None:
-        """The parameters that are its own whatever programs touch, if it was told.
-
-        Raises:
-            TypeError: What it was told are no named parameters.
-        """
-        named = self.parameters
-        if named is None:
-            return None
-        pairs = list(named.named_parameters() if isinstance(named, nn.Module) else named)
-        if not all(isinstance(x, tuple) and isinstance(x[-1], Tensor) for x in pairs):
-            raise TypeError(
-                f"Expected the parameters of player '{self.name}' to be a module or named "
-                f"parameters, got {type(pairs[0]).__name__} among them. Pass the network, or "
-                "network.named_parameters()."
-            )
-        own = {name: leaf for name, leaf in pairs if leaf.requires_grad}
-        if not own or len(own) < sum(leaf.requires_grad for _, leaf in pairs):
-            raise ValueError(
-                f"Expected the parameters of player '{self.name}' to be some that can be trained, "
-                f"each with its own name, got {[name for name, _ in pairs]}."
-            )
-        return own
 
 
 class Game:
@@ -216,7 +125,7 @@ class Game:
             raise ValueError(f"Expected capture=True, False or 'compile', got {capture!r}.")
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"Expected nonfinite='raise' or 'skip', got {nonfinite!r}.")
-        self._by_name = _by_name(players)
+        self._by_name = by_name(players)
         self.players = tuple(self._by_name.values())
         self.updates = updates
         self.num_steps = 0
@@ -748,61 +657,6 @@ def _check_learnable(name: str, score: Score, unused: list[str]) -> None:
     if unused or not score.parameters:
         raise ValueError(f"There is nothing to learn for the {name}. {problem}")
     warnings.warn(f"{problem} They are not trained.", stacklevel=stacklevel())
-
-
-def by_player(
-    optim: PyroOptim | Mapping[Any, PyroOptim], names: Iterable[str]
-) -> dict[str, PyroOptim]:
-    """The optimiser of each player, where there is one for all or one for each.
-
-    Raises:
-        TypeError: It is neither.
-        ValueError: The names are not those of the players.
-    """
-    names = list(names)
-    if isinstance(optim, PyroOptim):
-        return dict.fromkeys(names, optim)
-    if not isinstance(optim, Mapping):
-        raise TypeError(
-            "Expected optim to be a pyro.optim.PyroOptim or a dict of them by name, got "
-            f"{type(optim).__name__}."
-        )
-    if optim.keys() != set(names):
-        raise ValueError(
-            f"Expected optim= to have an optimiser for each of {names}, got some for "
-            f"{list(optim)}."
-        )
-    return dict(optim)
-
-
-def _by_name(players: Iterable[Player]) -> dict[str, Player]:
-    by_name: dict[str, Player] = {}
-    for player in players if isinstance(players, Iterable) else [None]:
-        if not isinstance(player, Player):
-            raise TypeError(f"Expected players to be of class Player, in a list, got {players!r}.")
-        if player.name in by_name:
-            raise ValueError(f"Two players have the name '{player.name}'. Give each its own.")
-        by_name[player.name] = player
-    return by_name
-
-
-def claims_of(players: Iterable[Player]) -> dict[str, Parameters]:
-    """The parameters of those players that claim some.
-
-    Raises:
-        TypeError: What a player claims are no named parameters.
-        ValueError: They can't be trained, or two players claim one of them.
-    """
-    claims = {player.name: own for player in players if (own := player.claims()) is not None}
-    owner: dict[Tensor, str] = {}
-    for name, own in claims.items():
-        for parameter, leaf in own.items():
-            if owner.setdefault(leaf, name) != name:
-                raise ValueError(
-                    f"The players '{owner[leaf]}' and '{name}' both claim the parameter "
-                    f"'{parameter}'. Leave it to one of them."
-                )
-    return claims
 
 
 def _check_keys(owner: str, what: str, state: Any, keys: set[str]) -> None:

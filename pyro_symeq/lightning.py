@@ -26,9 +26,9 @@ from pyro_symeq.batch import Batch, batches
 from pyro_symeq.binding import Call, Program, module_of
 from pyro_symeq.checks import check_count
 from pyro_symeq.equilibrium import information_in, schedule, whose
-from pyro_symeq.game import Own, Player, claims_of
 from pyro_symeq.ownership import NOTHING_TO_LEARN, Parameters
 from pyro_symeq.play import Ascent, Score, Stage, ascent
+from pyro_symeq.player import Own, Player, claims_of
 from pyro_symeq.turns import TurnsOptimizer
 from pyro_symeq.uncompiled import uncompiled
 from pyro_symeq.utility import SymmetricUtility, attach
