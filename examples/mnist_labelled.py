@@ -107,6 +107,16 @@ class Settings:
 
 PRESETS = {
     "laptop": Settings(16_000, num_samples=2000),
+    "desktop": Settings(  # the networks of "paper" without a GPU
+        15_000,
+        batch_size=256,
+        learning_rate=1e-3,
+        width=1024,
+        num_channels=64,
+        encoder_channels=32,
+        warp=0.08,
+        num_samples=2000,
+    ),
     "paper": Settings(
         200_000,
         batch_size=1024,
