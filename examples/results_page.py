@@ -445,7 +445,7 @@ the examples leave at the end of a run. To add a run, put its JSON file there.
   halves of the real images.
 - In a step, a game may move its encoder several times, and let its decoder choose among several
   proposals, which takes more time, see [Runs](#runs).
-- Presets, `laptop` and `paper`, tell how much is computed, and not on what machine.
+- Presets, `laptop`, `desktop` and `paper`, tell how much is computed, and not on what machine.
 """
 
 
