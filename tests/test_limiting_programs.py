@@ -153,9 +153,9 @@ def given_latents(program, name, batch):
 
 
 def batches(program):
-    """The batches of all calls."""
+    """The batches of all calls, without the weights that they have in a step."""
     for args, kwargs in program.calls:
-        parts = [part for part in args if isinstance(part, Batch)]
+        parts = [part.weighted(1.0) for part in args if isinstance(part, Batch)]
         yield from parts or [Batch(*args, **kwargs)]
 
 
