@@ -105,27 +105,21 @@ class Settings:
     num_rounds: int = 300
 
 
+PAPER = Settings(
+    200_000,
+    batch_size=1024,
+    learning_rate=1e-3,
+    width=1024,
+    num_channels=64,
+    encoder_channels=32,
+    num_rounds=1000,
+)
 PRESETS = {
     "laptop": Settings(16_000, num_samples=2000),
-    "desktop": Settings(  # the networks of "paper" without a GPU
-        15_000,
-        batch_size=256,
-        learning_rate=1e-3,
-        width=1024,
-        num_channels=64,
-        encoder_channels=32,
-        warp=0.08,
-        num_samples=2000,
+    "desktop": replace(  # the same networks without a GPU
+        PAPER, steps=15_000, batch_size=256, warp=0.08, num_samples=2000, num_rounds=300
     ),
-    "paper": Settings(
-        200_000,
-        batch_size=1024,
-        learning_rate=1e-3,
-        width=1024,
-        num_channels=64,
-        encoder_channels=32,
-        num_rounds=1000,
-    ),
+    "paper": PAPER,
     "smoke": Settings(8, 16, width=32, num_channels=4, num_samples=200, num_rounds=3),
 }
 
