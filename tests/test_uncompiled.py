@@ -1,53 +1,26 @@
 """Functions that a user compiles may train pairs."""
 
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from pyro.optim import Adam
-from torch import nn
 
-from pyro_symeq import SymmetricEquilibrium, SymmetricUtility
+from pyro_symeq import SymmetricUtility
 from tests.comparison import same
+from tests.test_graphs import Pair
 
 X = torch.eye(4, dtype=torch.float64).repeat(3, 1)
 
 
-class Pair(nn.Module):
-    def __init__(self):
-        super().__init__()
-        pyro.clear_param_store()
-        pyro.set_rng_seed(0)
-        self.decoder, self.encoder = nn.Linear(2, 4), nn.Linear(4, 2)
-
-    def model(self, x):
-        pyro.module("decoder", self.decoder)
-        with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Bernoulli(torch.full((2,), 0.5)).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
-
-    def guide(self, x):
-        pyro.module("encoder", self.encoder)
-        with pyro.plate("rows", len(x)):
-            pyro.sample("z", dist.Bernoulli(logits=self.encoder(x)).to_event(1))
-
-
-def symeq(pair):
-    return SymmetricEquilibrium(pair.model, pair.guide, Adam({"lr": 0.1}))
-
-
 def step(pair):
-    return symeq(pair).step
+    return pair.symeq.step
 
 
 def respond(pair):
-    game = symeq(pair)
-    return lambda x: game.respond("encoder", x)
+    return lambda x: pair.symeq.respond("encoder", x)
 
 
 def evaluate(pair):
-    game = symeq(pair)
-    return lambda x: (float(game.evaluate_loss(x)), game.evaluate("decoder", x))
+    return lambda x: (float(pair.symeq.evaluate_loss(x)), pair.symeq.evaluate("decoder", x))
 
 
 def module(pair):
@@ -58,7 +31,7 @@ def module(pair):
 def test_what_calls_the_library_may_be_compiled(make):
     found = []
     for compiled in (False, True):
-        pair = Pair()
+        pair = Pair(Adam({"lr": 0.1}))
         function = make(pair)
         if compiled:
             function = torch.compile(lambda x, f=function: f(2 * x / 2), backend="eager")
