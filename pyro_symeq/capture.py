@@ -23,7 +23,7 @@ from pyro_symeq.batch import Batch, batches
 from pyro_symeq.binding import Call, Path, leaves, module_of, put
 from pyro_symeq.callers import stacklevel
 from pyro_symeq.ownership import Parameters
-from pyro_symeq.play import Ascent, Stage, ascent
+from pyro_symeq.play import Ascent, Scoring, Stage, ascent
 from pyro_symeq.recording import CannotRecord, Recording, headline, record
 
 NUM_KEPT = 64
@@ -159,25 +159,32 @@ class Capture:
             self.warn("the step", str(error))
             return None
 
-    def lesson(self, player: str, occasion: Occasion) -> Lesson | None:
+    def lesson(self, player: str, occasion: Occasion, scoring: Scoring = ascent) -> Lesson | None:
         """The lesson of a player in such steps, if it is recorded by now.
+
+        Args:
+            player: The name of the player.
+            occasion: The step.
+            scoring: Whether the player moves in it or stays.
 
         Raises:
             CannotRecord: It can't be recorded.
         """
-        entry = self._entry(player, occasion)
-        self._update(entry, player, occasion)
+        entry = self._entry(player, occasion, scoring)
+        self._update(entry, player, occasion, scoring)
         return entry.lesson
 
-    def refuse(self, player: str, occasion: Occasion, reason: CannotRecord) -> None:
+    def refuse(
+        self, player: str, occasion: Occasion, scoring: Scoring, reason: CannotRecord
+    ) -> None:
         """Records such lessons no more, since the programs run where a recording doesn't."""
-        entry = self._entry(player, occasion)
+        entry = self._entry(player, occasion, scoring)
         entry.lesson, entry.is_refused = None, True
         self.warn(f"the lesson of the {player}", str(reason))
 
     def confirmed(self, player: str, occasion: Occasion) -> Lesson | None:
-        """The lesson of a player in such steps, if it was recorded twice and stands."""
-        entry = self._entries.get((player, occasion.kind))
+        """Where a player goes in such steps, if it was recorded twice and stands."""
+        entry = self._entries.get((player, ascent, occasion.kind))
         if entry is None or not entry.is_confirmed or not self._is_valid(entry.lesson):
             return None
         return entry.lesson
@@ -189,8 +196,8 @@ class Capture:
             level = stacklevel()
             warnings.warn(f"Not captured: {what}, since {reason}.", stacklevel=level)
 
-    def _entry(self, player: str, occasion: Occasion) -> _Entry:
-        key = (player, occasion.kind)
+    def _entry(self, player: str, occasion: Occasion, scoring: Scoring) -> _Entry:
+        key = (player, scoring, occasion.kind)
         if key not in self._entries:
             self._entries[key] = _Entry()
             if len(self._entries) > NUM_KEPT:
@@ -198,7 +205,7 @@ class Capture:
         self._entries.move_to_end(key)
         return self._entries[key]
 
-    def _update(self, entry: _Entry, player: str, occasion: Occasion) -> None:
+    def _update(self, entry: _Entry, player: str, occasion: Occasion, scoring: Scoring) -> None:
         """Records a lesson where that has to be done."""
         if entry.is_new:
             entry.is_new = False
@@ -213,7 +220,7 @@ class Capture:
             entry.lesson, entry.is_confirmed = None, False
             return  # a run as ever sets up what is new
         if not entry.is_confirmed and entry.recorded_in != occasion.number:
-            lesson = self._record(player, occasion)
+            lesson = self._record(player, occasion, scoring)
             if entry.lesson is not None:
                 if not lesson.recording.agrees(entry.lesson.recording):
                     raise CannotRecord(CHANGES)
@@ -245,12 +252,12 @@ class Capture:
             if module is not None:
                 yield from module.modules()
 
-    def _record(self, player: str, occasion: Occasion) -> Lesson:
+    def _record(self, player: str, occasion: Occasion, scoring: Scoring) -> Lesson:
         ways: list[Ascent] = []
 
         def learn(*inputs: Tensor) -> list[Tensor]:
             call = _with_tensors(occasion.call, inputs)
-            way = ascent(partial(self._stage.score, player), call)
+            way = scoring(partial(self._stage.score, player), call)
             ways.append(way)
             return [way.utility, *(x for x in way.gradients if x is not None)]
 

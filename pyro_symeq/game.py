@@ -35,7 +35,7 @@ from pyro_symeq.loss import GameLoss, loss_of
 from pyro_symeq.nonfinite import NotFiniteError, is_of_nonfinite
 from pyro_symeq.ownership import NOTHING_TO_LEARN
 from pyro_symeq.parallel import Alone, Group, Ranks
-from pyro_symeq.play import Ascent, Score, Stage, ascent, is_awaited
+from pyro_symeq.play import Ascent, Score, Scoring, Stage, ascent, is_awaited, standing
 from pyro_symeq.player import Player, by_name, claims_of
 from pyro_symeq.recording import CannotRecord
 from pyro_symeq.strategy import State, Strategy
@@ -43,6 +43,7 @@ from pyro_symeq.uncompiled import uncompiled
 
 __all__ = ["Game"]
 
+Ascend = Callable[..., Ascent]  # of a player, and whether it moves or stays
 Captures = bool | Literal["compile"]
 Nonfinite = Literal["raise", "skip"]
 Updates = Literal["alternating", "simultaneous"] | Sequence[str | Sequence[str]]
@@ -257,7 +258,7 @@ class Game:
                 may_fail_later = watched or len(rounds[-1]) > 1 or self._graphs is not None
                 for name in _names(rounds if may_fail_later else rounds[:-1]):
                     stack.enter_context(self._strategies[name].undone(only_on_error=True))
-            return self._loss(self._moved(call, rounds, keep) | self._told(call, watched))
+            return self._loss(self._moved(call, rounds, watched, keep))
 
     @uncompiled
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> GameLoss:
@@ -481,20 +482,27 @@ class Game:
         is_awaited = self.nonfinite == "skip"
         return StepGraphs(self._capture, self._strategies, self._move, is_awaited)
 
-    def _moved(self, call: Call, rounds: Rounds, keep: Keep) -> dict[str, Tensor]:
-        """Lets players move in the fastest way there is; returns their utilities before."""
-        capture = self._capture
+    def _moved(
+        self, call: Call, rounds: Rounds, watched: Collection[str], keep: Keep
+    ) -> dict[str, Tensor]:
+        """Lets players move in the fastest way there is.
+
+        Returns:
+            Their utilities before they did, and those of players who are watched while they rest.
+        """
+        capture, utilities = self._capture, None
         occasion = None if capture is None else capture.occasion(call)
         if capture is None or occasion is None:
-            return self._move(rounds, partial(self._ascent, call))
-        utilities = None
-        if self._graphs is not None and not self._unrecorded():
-            utilities = self._graphs.step(occasion, rounds)
+            ascend: Ascend = partial(self._ascent, call)
+        else:
+            ascend = partial(self._recalled, capture, occasion, keep)
+            if self._graphs is not None and not self._unrecorded():
+                utilities = self._graphs.step(occasion, rounds)
         if utilities is None:
-            utilities = self._move(rounds, partial(self._recalled, capture, occasion, keep))
-        return utilities
+            utilities = self._move(rounds, ascend)
+        return utilities | self._told(watched, ascend)
 
-    def _move(self, rounds: Rounds, ascend: Callable[[str], Ascent]) -> dict[str, Tensor]:
+    def _move(self, rounds: Rounds, ascend: Ascend) -> dict[str, Tensor]:
         """Lets players move, at once and in turn; returns their utilities before they did."""
         utilities = {}
         for names in rounds:
@@ -505,25 +513,29 @@ class Game:
                 utilities[name] = way.utility
         return utilities
 
-    def _common_ascent(self, rounds: Rounds, name: str, ascend: Callable[[str], Ascent]) -> Ascent:
+    def _common_ascent(self, rounds: Rounds, name: str, ascend: Ascend) -> Ascent:
         """Where a player goes, on average over the ranks of the process group."""
         place = (f"step {self.num_steps + 1}", rounds, name)
         return self._ranks.ascent(place, partial(ascend, name), self._strategies[name].parameters)
 
-    def _told(self, call: Call, watched: Collection[str]) -> dict[str, Tensor]:
+    def _told(self, watched: Collection[str], ascend: Ascend) -> dict[str, Tensor]:
         """The utilities of players that a step tells though they don't move."""
         if not watched:
             return {}
-        place = (f"step {self.num_steps + 1}", "utilities")
-        return self._ranks.mean(place, partial(self._utilities, call, watched))
 
-    def _ascent(self, call: Call, name: str) -> Ascent:
+        def draw() -> dict[str, Tensor]:
+            names = (name for name in self._learners if name in watched)
+            return {name: ascend(name, standing).utility for name in names}
+
+        return self._ranks.mean((f"step {self.num_steps + 1}", "utilities"), draw)
+
+    def _ascent(self, call: Call, name: str, scoring: Scoring = ascent) -> Ascent:
         """Where a player goes from where it stands.
 
         Raises:
             NotFiniteError: It isn't to go there.
         """
-        way = ascent(partial(self._score, name), call)
+        way = scoring(partial(self._score, name), call)
         if self.nonfinite == "skip" and not math.isfinite(way.utility.item()):
             raise NotFiniteError(
                 f"The utility of the {name} or its gradient is not finite. Look for values that "
@@ -531,11 +543,19 @@ class Game:
             )
         return way
 
-    def _recalled(self, capture: Capture, occasion: Occasion, keep: Keep, name: str) -> Ascent:
+    def _recalled(
+        self,
+        capture: Capture,
+        occasion: Occasion,
+        keep: Keep,
+        name: str,
+        scoring: Scoring = ascent,
+    ) -> Ascent:
         """Where a player goes from where it stands, by its recorded lesson if there is one."""
-        reason = None
+        reason = lesson = None
         try:
-            lesson = None if name in self._unrecorded() else capture.lesson(name, occasion)
+            if name not in self._unrecorded():
+                lesson = capture.lesson(name, occasion, scoring)
             if lesson is not None:
                 keep(lesson.buffers)
                 recalled = lesson(occasion.tensors)
@@ -543,9 +563,9 @@ class Game:
                     return recalled
         except CannotRecord as error:
             reason = error
-        way = self._ascent(occasion.call, name)
+        way = self._ascent(occasion.call, name, scoring)
         if reason is not None:
-            capture.refuse(name, occasion, reason)
+            capture.refuse(name, occasion, scoring, reason)
         return way
 
     def _may_go(self, way: Ascent) -> bool:

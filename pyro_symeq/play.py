@@ -370,6 +370,9 @@ class Score:
         return [found.get(leaf) for leaf in leaves]
 
 
+Scoring = Callable[[Callable[[Call], Score], Call], Ascent]  # of what scores a player on a step
+
+
 def ascent(score: Callable[[Call], Score], call: Call) -> Ascent:
     """Where a player goes by all batches of a step.
 
@@ -391,6 +394,17 @@ def ascent(score: Callable[[Call], Score], call: Call) -> Ascent:
             gradients[leaf] = gradient if known is None else _plus(known, gradient)
     utility = sum((part.utility for part in others), first.utility)
     return Ascent(utility, parameters, [gradients[leaf] for leaf in parameters.values()])
+
+
+def standing(score: Callable[[Call], Score], call: Call) -> Ascent:
+    """The utility of a player who stays where it is.
+
+    Args:
+        score: Scores the player on a step.
+        call: What the step was given.
+    """
+    with torch.no_grad():
+        return Ascent(score(call).utility, {}, [])
 
 
 def _nothing(gradient: Tensor) -> Tensor:

@@ -336,6 +336,26 @@ def players_freeze_and_thaw(symeq, pair):
     yield from steps(symeq, range(3))
 
 
+def to_the_end(resting):
+    """Steps in which a player moves four times, then rests."""
+
+    def drive(symeq, pair):
+        yield from steps(symeq, range(4))
+        symeq.freeze(resting)
+        yield from steps(symeq, range(5))
+
+    return drive
+
+
+for _name in ("decoder", "encoder"):
+    named(f"the {_name} rests to the end", to_the_end(_name))
+
+
+@scenario(encoder_warmup=100)
+def the_warmup_lasts(symeq, pair):
+    yield from steps(symeq, range(5))
+
+
 @scenario()
 def frozen_before_the_first_step(symeq, pair):
     symeq.freeze("encoder")
