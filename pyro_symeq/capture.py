@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from pyro_symeq.batch import Batch, batches
 from pyro_symeq.binding import Call, Path, leaves, module_of, put
 from pyro_symeq.callers import stacklevel
+from pyro_symeq.operations import CannotRecord
 from pyro_symeq.ownership import Parameters
 from pyro_symeq.play import Ascent, Scoring, Stage, ascent
-from pyro_symeq.recording import CannotRecord, Recording, headline, record
+from pyro_symeq.recording import Recording, headline, record
 
 NUM_KEPT = 64
 FIXED = (

@@ -33,11 +33,11 @@ from pyro_symeq.graphs import Rounds, StepGraphs
 from pyro_symeq.interrupts import Shield
 from pyro_symeq.loss import GameLoss, loss_of
 from pyro_symeq.nonfinite import NotFiniteError, is_of_nonfinite
+from pyro_symeq.operations import CannotRecord
 from pyro_symeq.ownership import NOTHING_TO_LEARN
 from pyro_symeq.parallel import Alone, Group, Ranks
 from pyro_symeq.play import Ascent, Score, Scoring, Stage, ascent, is_awaited, standing
 from pyro_symeq.player import Player, by_name, claims_of
-from pyro_symeq.recording import CannotRecord
 from pyro_symeq.strategy import State, Strategy
 from pyro_symeq.uncompiled import uncompiled
 

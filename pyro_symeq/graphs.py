@@ -17,8 +17,9 @@ from torch import Tensor
 from pyro_symeq.binding import copied
 from pyro_symeq.capture import Capture, Lesson, Occasion
 from pyro_symeq.grouped import Merged, torch_optimizer
+from pyro_symeq.operations import CannotRecord
 from pyro_symeq.play import Ascent
-from pyro_symeq.recording import CannotRecord, headline
+from pyro_symeq.recording import headline
 from pyro_symeq.strategy import Strategy
 
 NUM_KEPT = 8

@@ -18,7 +18,7 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import one_hot
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -27,19 +27,14 @@ from torch.overrides import TorchFunctionMode
 from pyro_symeq import randomness
 from pyro_symeq.aside import aside
 from pyro_symeq.binding import is_dense
+from pyro_symeq.operations import CannotRecord, tidy
 from pyro_symeq.provenance import may_change, name_of
 
-aten = torch.ops.aten
-VIEWS = frozenset({aten.alias.default, aten.expand.default, aten.view.default})
 KINDS = ("cpu", "cuda")  # of devices with mixed precision
 HALVES = frozenset({torch.float16, torch.bfloat16})
 READS = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
 
 Function = Callable[..., list[Tensor]]
-
-
-class CannotRecord(Exception):
-    """A function can't be recorded; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -221,12 +216,7 @@ def _reason(error: Exception) -> str:
 def _recording(
     traced: GraphModule, modules: dict[nn.Module, bool], draws_on_cpu: bool
 ) -> Recording:
-    _refuse_unknown_shapes(traced.graph)
-    _leave_out_idle(traced.graph)
-    _let_draws_be_nan(traced.graph)
-    sources = _lift_constants(traced)
-    traced.graph.eliminate_dead_code(_is_impure)
-    traced.recompile()
+    sources = tidy(traced)
     used = {id(x) for x in sources}
     kept = pyro.get_param_store().named_parameters()
     return Recording(
@@ -275,88 +265,6 @@ def _one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
     if num_classes < 1:
         return one_hot(x, num_classes)
     return (x.unsqueeze(-1) == torch.arange(num_classes, device=x.device)).long()
-
-
-def _refuse_unknown_shapes(graph: Graph) -> None:
-    """Refuses operations whose outputs have as many elements as values say.
-
-    Raises:
-        CannotRecord: There is such an operation.
-    """
-    for node in graph.nodes:
-        tags = getattr(node.target, "tags", ())
-        is_choosing = node.target is aten.index.Tensor and any(map(_is_mask, node.args[1]))
-        is_dynamic = (
-            torch.Tag.dynamic_output_shape in tags and node.target is not aten.index.Tensor
-        )
-        if is_choosing or is_dynamic:
-            raise CannotRecord("how many elements a tensor has depends on values")
-
-
-def _is_mask(index: Any) -> bool:
-    if not isinstance(index, Node):
-        return False
-    kept = getattr(index.graph.owning_module, str(index.target), index.meta.get("tensor_meta"))
-    return kept is None or kept.dtype in (torch.bool, torch.uint8)
-
-
-def _leave_out_idle(graph: Graph) -> None:
-    """Leaves out views of a tensor that are as it is, and checks for which the host waits."""
-    for node in list(graph.nodes):
-        if node.target is aten._linalg_check_errors.default:
-            graph.erase_node(node)
-        elif node.target in VIEWS:
-            source = node.args[0]
-            was, is_ = (x.meta.get("tensor_meta") for x in (source, node))
-            if was and is_ and (was.shape, was.stride) == (is_.shape, is_.stride):
-                node.replace_all_uses_with(source)
-
-
-def _let_draws_be_nan(graph: Graph) -> None:
-    r"""Lets bits be NaN where their probabilities are: :math:`b + (p - p)` for :math:`b \sim p`.
-
-    The utility is NaN then, which is refused. PyTorch stops a GPU at such a draw for good.
-    """
-    for node in list(graph.find_nodes(op="call_function", target=aten.bernoulli.default)):
-        (p,) = node.args
-        with graph.inserting_before(node):
-            node.args = (graph.call_function(aten.nan_to_num.default, (p,)),)
-        with graph.inserting_after(node):
-            zero = graph.call_function(aten.sub.Tensor, (p, p))
-        with graph.inserting_after(zero):
-            bits = graph.call_function(aten.add.Tensor, (node, zero))
-        node.replace_all_uses_with(bits, lambda user, bits=bits: user is not bits)
-
-
-def _lift_constants(traced: GraphModule) -> list[Tensor]:
-    """Makes inputs of the tensors that a program holds, and returns them.
-
-    Raises:
-        CannotRecord: It holds something else.
-    """
-    graph = traced.graph
-    constants: dict[str, Tensor] = {}
-    places: dict[str, Node] = {}
-    last = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
-    for node in [node for node in graph.nodes if node.op == "get_attr"]:
-        constant = getattr(traced, node.target)
-        if not isinstance(constant, Tensor) or constant.layout != torch.strided:
-            what = getattr(constant, "layout", type(constant).__name__)
-            raise CannotRecord(f"it uses a tensor or object of its own of the kind {what}")
-        if node.target not in places:
-            first = next(iter(graph.nodes))
-            with graph.inserting_before(first) if last is None else graph.inserting_after(last):
-                places[node.target] = last = graph.placeholder(f"c{len(places)}")
-            constants[node.target] = constant
-        node.replace_all_uses_with(places[node.target])
-        graph.erase_node(node)
-    return list(constants.values())
-
-
-def _is_impure(node: Node) -> bool:
-    """Whether a node has an effect. A draw has one, on what is drawn next."""
-    tags = getattr(node.target, "tags", ())
-    return node.is_impure() or torch.Tag.nondeterministic_seeded in tags
 
 
 def _strided(x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_symeq.recording import CannotRecord, _is_rounded, record
+from pyro_symeq.operations import CannotRecord
+from pyro_symeq.recording import _is_rounded, record
 
 
 def seeded(function, *args):
@@ -79,6 +80,54 @@ def test_recording_leaves_random_states_and_buffers_as_they_were():
     assert np.random.get_state()[1].tolist() == states[2]
     recording(torch.randn(5, 3))
     assert norm.num_batches_tracked == 1
+
+
+def num_calls(recording, name):
+    """How often an operation is done."""
+    return sum(str(node.target) == f"aten.{name}" for node in recording.operations.graph.nodes)
+
+
+def test_what_several_draws_depend_on_is_computed_once():
+    network = nn.Linear(3, 3)
+
+    def function(x):
+        return [torch.bernoulli(network(2 * x - 1).sigmoid()) for _ in range(4)]
+
+    recording = assert_replays(function, torch.randn(5, 3), others=[(torch.randn(5, 3),)])
+    assert num_calls(recording, "addmm.default") == 1
+    assert num_calls(recording, "bernoulli.default") == 4
+
+
+def test_numbers_of_other_types_make_other_operations():
+    def function(x):
+        return [torch.randint_like(x * 1, 9), torch.bernoulli(x * 1.0), torch.bernoulli(x / 1.0)]
+
+    assert_replays(function, torch.tensor([0, 1, 1]))
+
+
+def test_outputs_are_tensors_of_their_own():
+    recording = assert_replays(lambda x: [x + 1, x + 1, torch.rand(3) * x], torch.randn(3))
+    first, second, _ = recording(torch.randn(3))
+    assert first.data_ptr() != second.data_ptr()
+
+
+def test_what_changes_in_place_is_computed_each_time():
+    def function(x):
+        p = x.sigmoid()
+        first = torch.bernoulli(p + 0.0)
+        p[0].zero_()
+        return [first, torch.bernoulli(p + 0.0)]
+
+    assert_replays(function, torch.full((2, 3), 9.0), others=[(torch.full((2, 3), 8.0),)])
+
+
+def test_running_averages_take_part_in_each_run():
+    norm = nn.BatchNorm1d(3)
+    x = torch.randn(5, 3)
+    recording = record(lambda x: [torch.bernoulli(norm(x).sigmoid()) for _ in range(2)], [x])
+    recording(x)
+    torch.testing.assert_close(norm.running_mean, (1 - 0.9**2) * x.mean(0))
+    assert norm.num_batches_tracked == 2
 
 
 @pytest.mark.parametrize("is_training", [True, False])
