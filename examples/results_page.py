@@ -518,7 +518,8 @@ def _summary(found: Found) -> Iterator[str]:
     yield "## What holds\n"
     yield _table(["experiment", "setting", "claims that hold"], holding)
     yield "## Where we fall short\n"
-    yield _table(["claim", "experiment", "setting", "asked for", "found"], short)
+    head = ["claim", "experiment", "setting", "asked for", "found"]
+    yield _table(head, short) if short else "Nowhere.\n"
     yield "## What has not been run\n"
     yield "\n".join(f"- {item}" for item in missing or ["Nothing."]) + "\n"
 

@@ -30,6 +30,13 @@ def default_device(device):
         yield device
 
 
+@pytest.fixture
+def fresh_compiler():
+    """What a test compiles counts towards no limit of the compiler in others."""
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(autouse=True)
 def fresh_pyro():
     pyro.clear_param_store()

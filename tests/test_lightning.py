@@ -154,12 +154,12 @@ def test_a_trainer_takes_the_steps_of_a_game(options, tmp_path):
         assert found["train/loss"] == pytest.approx(loss)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_module_takes_the_same_steps(tmp_path):
     vae, twin = twins()
     module = torch.compile(module_of(vae), backend="eager")
     seed = seeded()
     trainer(tmp_path).fit(module, loader(), loader())
-    torch.compiler.reset()
     reference(twin, seed, [(x,) for x in data().split(4)])
     assert_equal(vae, twin)
 

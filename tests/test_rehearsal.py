@@ -821,6 +821,7 @@ def test_rows_that_come_twice():
     assert all(torch.equal(value, before[name]) for name, value in pair.state_dict().items())
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:Using .torch.compile.module")  # of hooks, called once more
 def test_networks_that_are_compiled_stay_so():
     """They run uncompiled on the side, where compiling would use up what the compiler allows."""
@@ -840,4 +841,3 @@ def test_networks_that_are_compiled_stay_so():
         for _ in range(10):
             symeq.step(X)
     assert len(graphs) == 4
-    torch.compiler.reset()

@@ -185,6 +185,11 @@ def test_the_summary_counts_what_holds_and_lists_what_does_not(tmp_path):
     assert "- MNIST, ladder: paper" in missing
 
 
+def test_where_all_holds_the_summary_says_so(tmp_path):
+    text = page(records(tmp_path, labelled(0.995)))
+    assert "## Where we fall short\n\nNowhere.\n" in text
+
+
 def test_likelihoods_and_implicit_priors(tmp_path):
     figures = {
         "test NLL (nats)": 104.2,

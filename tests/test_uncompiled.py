@@ -27,6 +27,7 @@ def module(pair):
     return SymmetricUtility()(pair.model, pair.guide)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("make", [step, respond, evaluate, module])
 def test_what_calls_the_library_may_be_compiled(make):
     found = []
@@ -39,5 +40,4 @@ def test_what_calls_the_library_may_be_compiled(make):
         if make is module:
             sum(told).backward()
         found.append((told, [(p.detach(), p.grad) for p in pair.parameters()]))
-    torch.compiler.reset()
     assert same(*found)
