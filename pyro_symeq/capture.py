@@ -166,7 +166,7 @@ class Capture:
         Args:
             player: The name of the player.
             occasion: The step.
-            scoring: Whether the player moves in it or stays.
+            scoring: ``ascent`` if the player moves in it, ``standing`` if it rests.
 
         Raises:
             CannotRecord: It can't be recorded.

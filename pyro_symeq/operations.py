@@ -96,8 +96,8 @@ def _let_draws_be_nan(graph: Graph) -> None:
 def _compute_once(graph: Graph) -> None:
     """Computes once what draws depend on: a network's output at the data, of several draws.
 
-    What comes of draws is left as it is, so that no two outputs become one tensor, and so is all
-    where a tensor changes in place.
+    Gradients are left as they are, and all else on which no draw depends, so that no two of them
+    become one tensor. So is everything where a tensor changes in place.
     """
     if any(map(_changes_tensors, graph.nodes)):
         return
