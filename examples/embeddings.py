@@ -1,6 +1,6 @@
 """Pictures of samples in many dimensions, side by side in two of their own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,9 +8,25 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-__all__ = ["draw"]
+__all__ = ["draw", "embedded"]
 
 COLORS = ("tab:blue", "tab:orange", "tab:green")
+EXAGGERATION = 4.0  # more of it draws points without clusters together, perhaps for good
+
+
+def embedded(samples: Sequence[Tensor], seed: int = 0) -> Sequence[Tensor]:
+    """Embeds sets of samples at once in two dimensions, by t-SNE.
+
+    Args:
+        samples: The sets, each with shape :math:`(N, D)`.
+        seed: The seed of t-SNE.
+
+    Returns:
+        The places of each set, with shape :math:`(N, 2)`.
+    """
+    tsne = TSNE(early_exaggeration=EXAGGERATION, random_state=seed)
+    places = tsne.fit_transform(torch.cat(list(samples)).numpy(force=True))
+    return torch.from_numpy(places).split([len(each) for each in samples])
 
 
 def draw(
@@ -29,9 +45,7 @@ def draw(
     figure.suptitle(title, fontsize=11)
     panels = figure.subplots(1, len(clouds), squeeze=False)[0]
     for axes, (space, samples) in zip(panels, clouds.items(), strict=True):
-        points = torch.cat(list(samples.values())).numpy(force=True)
-        embedded = torch.from_numpy(TSNE(random_state=seed).fit_transform(points))
-        sets = embedded.split([len(each) for each in samples.values()])
+        sets = embedded(list(samples.values()), seed)
         for name, color, each in zip(samples, COLORS, sets, strict=False):
             axes.scatter(*each.T, s=3, alpha=0.5, linewidths=0, color=color, label=name)
         axes.set_title(space, fontsize=10)

@@ -33,10 +33,10 @@ from cli import add_precision, begun, ended_cleanly, parser, part
 
 with ended_cleanly("mnist_labelled.py"):
     from matplotlib.figure import Figure
-    from sklearn.manifold import TSNE
 
     import tiles
     from data import DataError, Images, load
+    from embeddings import embedded
     from features import Classifier, classifier, feature_space
     from long_runs import LongRun, RunError, add_options, run_path, write_record
     from networks import LadderVAE
@@ -335,9 +335,7 @@ def picture_latents(path: Path, draws: dict[str, Draws], seed: int = 0) -> None:
     figure = Figure(figsize=(8.4, 8.8), layout="constrained")
     figure.suptitle("Latents, coloured by class")
     for row, name in zip(figure.subplots(2, 2), ("style", "z1"), strict=True):
-        sets = [draws[law][name][:NUM_EMBEDDED] for law in (DECODER, GIVEN)]
-        embedded = TSNE(random_state=seed).fit_transform(torch.cat(sets).numpy(force=True))
-        points = torch.from_numpy(embedded).split([len(each) for each in sets])
+        points = embedded([draws[law][name][:NUM_EMBEDDED] for law in (DECODER, GIVEN)], seed)
         for axes, law, each in zip(row, (DECODER, GIVEN), points, strict=True):
             classes = draws[law]["class"][: len(each)].argmax(-1).numpy(force=True)
             shown = axes.scatter(*each.T, s=4, c=classes, cmap="tab10", vmin=-0.5, vmax=9.5)
