@@ -1,6 +1,6 @@
 """Pictures of samples in many dimensions, side by side in two of their own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ COLORS = ("tab:blue", "tab:orange", "tab:green")
 EXAGGERATION = 4.0  # more of it draws points without clusters together, perhaps for good
 
 
-def embedded(samples: Sequence[Tensor], seed: int = 0) -> Sequence[Tensor]:
+def embedded(samples: Collection[Tensor], seed: int = 0) -> Sequence[Tensor]:
     """Embeds sets of samples at once in two dimensions, by t-SNE.
 
     Args:
@@ -23,6 +23,10 @@ def embedded(samples: Sequence[Tensor], seed: int = 0) -> Sequence[Tensor]:
 
     Returns:
         The places of each set, with shape :math:`(N, 2)`.
+
+    References:
+        Visualizing Data using t-SNE (van der Maaten, Hinton, JMLR 9, 2008), which exaggerates as
+        much at first.
     """
     tsne = TSNE(early_exaggeration=EXAGGERATION, random_state=seed)
     places = tsne.fit_transform(torch.cat(list(samples)).numpy(force=True))
@@ -45,7 +49,7 @@ def draw(
     figure.suptitle(title, fontsize=11)
     panels = figure.subplots(1, len(clouds), squeeze=False)[0]
     for axes, (space, samples) in zip(panels, clouds.items(), strict=True):
-        sets = embedded(list(samples.values()), seed)
+        sets = embedded(samples.values(), seed)
         for name, color, each in zip(samples, COLORS, sets, strict=False):
             axes.scatter(*each.T, s=3, alpha=0.5, linewidths=0, color=color, label=name)
         axes.set_title(space, fontsize=10)
